@@ -1,0 +1,315 @@
+"""The engine: plan, run, update, once per step, and nothing that a stage would change."""
+
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from types import FrameType
+from typing import Any, Protocol
+
+from stepengine.core.plan import RequestInfo, StepPlan, StepRecord
+from stepengine.core.request import CompletionOutput, Request, RequestOutput, SamplingParams, State
+from stepengine.core.runner import Runner, StepResult
+from stepengine.core.sampler import noise_key
+from stepengine.core.seams import KVCache, Limits, Scheduler
+from stepengine.core.text import Detokenizer, Tokenizer
+from stepengine.errors import InvalidRequest, NoProgress
+
+
+class Recorder(Protocol):
+    """Where records go (a `stepengine.trace.Trace`)."""
+
+    def add_request(self, info: RequestInfo) -> None: ...
+
+    def append(self, record: StepRecord) -> None: ...
+
+
+@contextmanager
+def _interrupts_held() -> Iterator[None]:
+    """Let Ctrl-C wait until the block ends, so that bookkeeping is never cut in half."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    caught: list[tuple[int, FrameType | None]] = []
+    before = signal.signal(signal.SIGINT, lambda number, frame: caught.append((number, frame)))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+    if caught and callable(before):
+        before(*caught[0])
+
+
+class Engine:
+    """Holds the requests and runs them, one step at a time.
+
+    `clock` gives seconds. `recorder` gets every step, or is None. Requests whose step fails or is
+    interrupted go back to where they were, so that the engine stays usable.
+    """
+
+    def __init__(
+        self,
+        scheduler: Scheduler,
+        cache: KVCache,
+        runner: Runner,
+        limits: Limits,
+        eos_ids: Iterable[int] = (),
+        tokenizer: Tokenizer | None = None,
+        recorder: Recorder | None = None,
+        seed: int = 0,
+        clock: Callable[[], float] = time.perf_counter,
+    ) -> None:
+        self.scheduler = scheduler
+        self.cache = cache
+        self.runner = runner
+        self.limits = limits
+        self.tokenizer = tokenizer
+        self.recorder = recorder
+        self.clock = clock
+        self.requests: dict[int, Request] = {}  # those that have not ended, or whose group has not
+        self.counters = dict.fromkeys(
+            ("steps", "tokens_computed", "tokens_generated", "preemptions", "prefix_hit_tokens", "finished"), 0
+        )
+        self.ttft_ms: list[float] = []
+        self._kv_tokens = [0, 0]  # held and reserved by the rows of each step, summed over steps
+        self._eos = frozenset(eos_ids)
+        self._vocab_size = runner.model.config.vocab_size
+        self._seed = seed
+        self._next_id = 0
+        self._groups: dict[int, list[Request]] = {}
+        self._outbox: dict[int, RequestOutput] = {}
+        self._aborted: list[tuple[int, str]] = []  # since the last record
+
+    # -- requests ---------------------------------------------------------------------------------
+
+    def check(self, prompt_ids: Sequence[int], params: SamplingParams) -> None:
+        """Raise `InvalidRequest` if this request could never run; changes nothing."""
+        limit = self.limits.max_model_len
+        if not isinstance(params, SamplingParams):
+            raise InvalidRequest(f"params is a {type(params).__name__}; it must be SamplingParams.")
+        if isinstance(prompt_ids, (str, bytes)) or not isinstance(prompt_ids, Sequence):
+            raise InvalidRequest(f"The prompt is a {type(prompt_ids).__name__}; the engine takes a list of token ids.")
+        if len(prompt_ids) == 0:
+            raise InvalidRequest("The prompt is empty; it must hold at least one token.")
+        for at, token in enumerate(prompt_ids):
+            if not isinstance(token, int) or isinstance(token, bool):
+                raise InvalidRequest(f"Token {at} of the prompt is {token!r}; token ids are whole numbers.")
+            if not 0 <= token < self._vocab_size:
+                raise InvalidRequest(
+                    f"Token {at} of the prompt is {token}; the vocabulary has ids 0 to {self._vocab_size - 1}."
+                )
+        if len(prompt_ids) >= limit:
+            raise InvalidRequest(
+                f"The prompt has {len(prompt_ids)} tokens and max_model_len is {limit}, which must leave room for one "
+                f"more; shorten the prompt or raise max_model_len."
+            )
+        longest = min(len(prompt_ids) + params.max_tokens, limit)
+        if longest > self.cache.capacity_tokens:
+            raise InvalidRequest(
+                f"The request may grow to {longest} tokens and the whole K/V cache holds {self.cache.capacity_tokens}; "
+                f"lower max_tokens or give the cache more memory."
+            )
+        if params.stop and self.tokenizer is None:
+            raise InvalidRequest(
+                f"stop is {list(params.stop)!r}, but this model folder has no tokenizer; use stop_token_ids."
+            )
+        bad = [token for token in params.stop_token_ids if token >= self._vocab_size]
+        if bad:
+            raise InvalidRequest(f"stop_token_ids holds {bad[0]}; the vocabulary has ids 0 to {self._vocab_size - 1}.")
+
+    def add_request(self, prompt_ids: Sequence[int], params: SamplingParams | None = None, priority: int = 0) -> int:
+        """Queue a prompt of token ids; the id of its output. A lower `priority` goes first."""
+        params = SamplingParams() if params is None else params
+        self.check(prompt_ids, params)
+        if not isinstance(priority, int) or isinstance(priority, bool):
+            raise InvalidRequest(f"priority is {priority!r}; it must be a whole number (a lower one goes first).")
+        group, now = self._next_id, self.clock()
+        seed = self._seed + group if params.seed is None else params.seed
+        self._next_id += params.n
+        self._groups[group] = []
+        for sample in range(params.n):
+            request = Request(
+                id=group + sample,
+                prompt_ids=list(prompt_ids),
+                params=params,
+                max_len=min(len(prompt_ids) + params.max_tokens, self.limits.max_model_len),
+                stop_ids=frozenset(params.stop_token_ids) | (frozenset() if params.ignore_eos else self._eos),
+                priority=priority,
+                group=group,
+                sample=sample,
+                noise_key=noise_key(seed, sample),
+                t_arrived=now,
+            )
+            if self.tokenizer is not None:
+                request.text = Detokenizer(self.tokenizer, request.prompt_ids, params.stop)
+            self.requests[request.id] = request
+            self._groups[group].append(request)
+            if self.recorder is not None:
+                self.recorder.add_request(
+                    RequestInfo(request.id, tuple(prompt_ids), params.max_tokens, priority, group, sample, now)
+                )
+            self.scheduler.add(request)
+        return group
+
+    def abort(self, request_id: int) -> None:
+        """End a request and all its samples, whatever its state; an unknown id is harmless."""
+        with _interrupts_held():
+            for request in self._groups.get(request_id, []):
+                if request.state is not State.FINISHED:
+                    self.scheduler.finish(request.id, "abort")
+                    self._aborted.append((request.id, "abort"))
+                    self._ended(request)
+            if self._aborted and self.scheduler.idle():
+                now = self.clock()
+                self._record(self.scheduler.plan(), [], [], now, now)
+
+    def has_unfinished(self) -> bool:
+        """True while a request waits or runs."""
+        return not self.scheduler.idle()
+
+    # -- one step ---------------------------------------------------------------------------------
+
+    def step(self) -> list[RequestOutput]:
+        """Run one step; the outputs that have ended and were not handed out before."""
+        self.advance()
+        return self.collect()
+
+    def advance(self) -> None:
+        """Run one step and keep what ended for `collect`. Does nothing when no request is there."""
+        if self.scheduler.idle():
+            return
+        began = self.clock()
+        with _interrupts_held():
+            plan = self.scheduler.plan()
+        if not plan.chunks:
+            raise NoProgress(
+                f"Step {plan.step} could run nothing: {plan.blocked or 'the scheduler planned no tokens'}. Abort a "
+                f"request, or give the engine more room."
+            )
+        running = self.clock()
+        try:
+            result = self.runner.run(plan, self.requests)
+        except BaseException:
+            with _interrupts_held():
+                self._undo(plan, began, running)
+            raise
+        with _interrupts_held():
+            self._update(plan, result, began, running)
+
+    def _update(self, plan: StepPlan, result: StepResult, began: float, running: float) -> None:
+        live = [self.requests[chunk.request] for chunk in plan.chunks]
+        accepted = [request.accepts(chunk) for request, chunk in zip(live, plan.chunks, strict=True)]
+        reserved = self.limits.block_size * sum(len(request.blocks) for request in live)
+        if reserved:
+            self._kv_tokens[0] += sum(chunk.end for chunk in plan.chunks)
+            self._kv_tokens[1] += reserved
+        finished = self.scheduler.update(plan, result.token_ids)
+        now = self.clock()
+        counters = self.counters
+        counters["steps"] += 1
+        counters["tokens_computed"] += plan.num_tokens
+        counters["preemptions"] += len(plan.preempted)
+        for row, (request, chunk) in enumerate(zip(live, plan.chunks, strict=True)):
+            counters["prefix_hit_tokens"] += chunk.cached
+            if result.token_ids[row] < 0 or not accepted[row]:
+                continue
+            counters["tokens_generated"] += 1
+            if request.t_first is None:
+                request.t_first = now
+                self.ttft_ms.append(1e3 * (now - request.t_arrived))
+            if row in result.logprobs:
+                entry = result.logprobs[row]
+                request.logprobs.append(entry)
+                request.cumulative_logprob += entry[result.token_ids[row]].logprob
+        self._record(plan, result.token_ids, finished, began, running)
+        for request_id, _ in finished:
+            self._ended(self.requests[request_id])
+
+    def _undo(self, plan: StepPlan, began: float, running: float) -> None:
+        """A step that failed leaves its requests as they were before it; blocks stay with their owners."""
+        for chunk in plan.chunks:
+            request = self.requests[chunk.request]
+            if request.accepts(chunk):
+                request.scheduled = request.computed
+        self._record(plan, [-1] * len(plan.chunks), [], began, running)
+
+    def _record(
+        self, plan: StepPlan, token_ids: list[int], finished: list[tuple[int, str]], began: float, running: float
+    ) -> None:
+        aborted, self._aborted = tuple(self._aborted), []
+        if self.recorder is not None:
+            record = StepRecord(
+                plan, tuple(token_ids), tuple(finished), aborted, t_plan=began, t_run=running, t_done=self.clock()
+            )
+            self.recorder.append(record)
+
+    # -- outputs ----------------------------------------------------------------------------------
+
+    def _ended(self, request: Request) -> None:
+        request.t_finished = self.clock()
+        if request.text is not None:
+            request.text.close()
+        group = self._groups[request.group]
+        if all(sample.state is State.FINISHED for sample in group):
+            self._outbox[request.group] = self.output(request.group)
+            self.counters["finished"] += 1
+            del self._groups[request.group]
+            for sample in group:
+                del self.requests[sample.id]
+
+    def output(self, request_id: int) -> RequestOutput:
+        """What a request that has not been handed out yet has produced so far; `KeyError` if unknown."""
+        if request_id in self._outbox:
+            return self._outbox[request_id]
+        group = self._groups[request_id]
+        firsts = [sample.t_first for sample in group if sample.t_first is not None]
+        ended = all(sample.state is State.FINISHED for sample in group)
+        arrived = group[0].t_arrived
+        last = max((sample.t_finished or arrived for sample in group), default=arrived)
+        return RequestOutput(
+            request_id=request_id,
+            prompt=None,
+            prompt_token_ids=list(group[0].prompt_ids),
+            outputs=[_completion(sample, self.tokenizer) for sample in group],
+            finished=ended,
+            ttft_ms=1e3 * (min(firsts) - arrived) if firsts else None,
+            e2e_ms=1e3 * (last - arrived) if ended else None,
+        )
+
+    def collect(self, request_ids: Iterable[int] | None = None) -> list[RequestOutput]:
+        """Hand out ended outputs, each once: all of them, or those of `request_ids` that have ended."""
+        ids = list(self._outbox) if request_ids is None else [i for i in request_ids if i in self._outbox]
+        return [self._outbox.pop(request_id) for request_id in ids]
+
+    def stats(self) -> dict[str, Any]:
+        """Counters since the engine was made.
+
+        kv_utilization: tokens held / tokens reserved by the rows of a step, over all steps (None where
+        nothing is stored). ttft_ms: the mean (None before the first token).
+        """
+        mean = sum(self.ttft_ms) / len(self.ttft_ms) if self.ttft_ms else None
+        held, reserved = self._kv_tokens
+        utilization = held / reserved if reserved else None
+        unfinished = sum(request.state is not State.FINISHED for request in self.requests.values())
+        return {**self.counters, "unfinished": unfinished, "kv_utilization": utilization, "ttft_ms": mean}
+
+
+def _completion(request: Request, tokenizer: Tokenizer | None) -> CompletionOutput:
+    wants = request.params.logprobs is not None
+    entries = [
+        {
+            token: value._replace(decoded_token=tokenizer.decode([token]) if tokenizer else None)
+            for token, value in e.items()
+        }
+        for e in request.logprobs
+    ]
+    return CompletionOutput(
+        index=request.sample,
+        text=request.text.text if request.text is not None else "",
+        token_ids=request.output_ids,
+        cumulative_logprob=request.cumulative_logprob if wants else None,
+        logprobs=entries if wants else None,
+        finish_reason=request.finish_reason,
+        stop_reason=request.stop_reason,
+    )

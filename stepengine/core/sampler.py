@@ -1,0 +1,144 @@
+"""From logits to tokens, every row with its own settings."""
+
+from collections.abc import Mapping, Sequence
+
+import torch
+
+from stepengine.core.batch import Batch
+from stepengine.core.plan import Chunk
+from stepengine.core.request import Logprob, Request, SamplingParams
+
+_WRAP = 0xFFFFFFFF
+
+
+def noise_key(seed: int, sample: int) -> int:
+    """A signed 32-bit key for sample `sample` of `seed` (host integers of any size)."""
+    state = (seed ^ (seed >> 32)) & _WRAP
+    for word in (sample + 1, 0x9E3779B9):
+        state = _mix((state ^ (word * 0x85EBCA6B)) & _WRAP)
+    return state - (1 << 32) if state >= 1 << 31 else state
+
+
+def _mix(x: int) -> int:
+    x = ((x ^ (x >> 16)) * 0x7FEB352D) & _WRAP
+    x = ((x ^ (x >> 15)) * 0x846CA68B) & _WRAP
+    return x ^ (x >> 16)
+
+
+def _mix_tensor(x: torch.Tensor) -> torch.Tensor:
+    """`_mix` on int32 tensors: products wrap, and the mask makes the arithmetic shift a logical one."""
+    x = (x ^ ((x >> 16) & 0xFFFF)) * 0x7FEB352D
+    x = (x ^ ((x >> 15) & 0x1FFFF)) * (0x846CA68B - (1 << 32))
+    return x ^ ((x >> 16) & 0xFFFF)
+
+
+def gumbel(keys: torch.Tensor, positions: torch.Tensor, vocab_size: int) -> torch.Tensor:
+    """Gumbel noise [R, vocab] from a counter-based hash of (key, position, token), never a generator.
+
+    So a token's noise does not depend on the batch, on recomputation or on the order of steps. keys,
+    positions: int32 [R]. The hash is Wellons's "lowbias32" (nullprogram.com/blog/2018/07/31).
+    """
+    row = _mix_tensor(keys ^ (_mix_tensor(positions + 0x3C6EF372)))  # [R]
+    token = torch.arange(vocab_size, dtype=torch.int32, device=keys.device) * (0x9E3779B9 - (1 << 32))
+    bits = _mix_tensor(_mix_tensor(token[None, :] + row[:, None]) ^ row[:, None])
+    uniform = ((bits >> 8) & 0xFFFFFF).float().add_(0.5).mul_(2.0**-24)  # in (0, 1)
+    return uniform.log_().neg_().log_().neg_()
+
+
+def penalise(logits: torch.Tensor, rows: Sequence[Request]) -> torch.Tensor:
+    """Apply history to raw logits [R, vocab]: penalties, and no stop token before `min_tokens`.
+
+    Repetition divides positive and multiplies negative logits of every token of prompt and output
+    (Keskar et al. 2019); presence and frequency subtract for tokens of the output alone. Rows without
+    such settings are untouched; the result is a copy if anything changes.
+    """
+    changed = False
+    for row, request in enumerate(rows):
+        params = request.params
+        hold = request.stop_ids if request.num_outputs < params.min_tokens else frozenset()
+        repeats = params.repetition_penalty != 1.0
+        counts = params.presence_penalty != 0.0 or params.frequency_penalty != 0.0
+        if not (hold or repeats or counts):
+            continue
+        if not changed:
+            logits, changed = logits.clone(), True
+        line = logits[row]
+        if repeats:
+            seen = torch.tensor(sorted(set(request.token_ids)), device=logits.device)
+            value = line[seen]
+            line[seen] = torch.where(value > 0, value / params.repetition_penalty, value * params.repetition_penalty)
+        if counts and request.num_outputs:
+            used, times = torch.tensor(request.output_ids, device=logits.device).unique(return_counts=True)
+            line[used] -= params.presence_penalty + params.frequency_penalty * times
+        if hold:
+            line[sorted(hold)] = -torch.inf
+    return logits
+
+
+def restrict(
+    logits: torch.Tensor,
+    params: Sequence[SamplingParams],
+    min_p: torch.Tensor,
+    top_k: torch.Tensor,
+    top_p: torch.Tensor,
+) -> torch.Tensor:
+    """Set to -inf, in place, what min-p, top-k and top-p exclude; logits [R, vocab] are already tempered.
+
+    In vLLM's order: min-p, top-k, then top-p on what is left (the smallest set of most likely tokens
+    that reaches top_p). Only rows whose `params` ask are sorted. min_p, top_k, top_p: [R].
+    """
+    floored = [row for row, param in enumerate(params) if param.min_p > 0]
+    if floored:
+        line = logits[floored]
+        floor = line.max(-1, keepdim=True).values + min_p[floored].log()[:, None]
+        logits[floored] = line.masked_fill(line < floor, -torch.inf)
+    cut = [row for row, param in enumerate(params) if param.top_k > 0 or param.top_p < 1]
+    if cut:
+        line, order = logits[cut].sort(-1, descending=True)
+        k, p = top_k[cut][:, None], top_p[cut][:, None]
+        rank = torch.arange(line.shape[-1], device=line.device)
+        line = line.masked_fill((k > 0) & (rank >= k), -torch.inf)
+        share = line.softmax(-1)
+        likelier = share.cumsum(-1) - share  # mass of the tokens before this one
+        line = line.masked_fill((p < 1) & (likelier >= p), -torch.inf)
+        logits[cut] = torch.empty_like(line).scatter_(-1, order, line)
+    return logits
+
+
+def sample(
+    logits: torch.Tensor, batch: Batch, chunks: Sequence[Chunk], requests: Mapping[int, Request]
+) -> tuple[torch.Tensor, dict[int, dict[int, Logprob]]]:
+    """Choose one token per row: logits [B, vocab] -> ids [B] and, for rows that ask, log probabilities.
+
+    Greedy rows take the argmax of the penalised logits. The others add Gumbel noise to their tempered
+    logits and take the argmax, which draws from the softmax (Maddison, Tarlow, Minka 2014).
+    """
+    rows = [requests[chunk.request] for chunk in chunks]
+    logits = logits.float()
+    adjusted = penalise(logits, rows)
+    ids = adjusted.argmax(-1)
+    drawn = [row for row, request in enumerate(rows) if request.params.temperature > 0]
+    if drawn:
+        tempered = adjusted[drawn] / batch.temperature[drawn][:, None]
+        params = [rows[row].params for row in drawn]
+        tempered = restrict(tempered, params, batch.min_p[drawn], batch.top_k[drawn], batch.top_p[drawn])
+        noise = gumbel(batch.noise_key[drawn], batch.kv_lens[drawn], tempered.shape[-1])
+        ids[drawn] = (tempered + noise).argmax(-1)
+    return ids, _logprobs(logits, ids, rows)
+
+
+def _logprobs(raw: torch.Tensor, ids: torch.Tensor, rows: Sequence[Request]) -> dict[int, dict[int, Logprob]]:
+    """Per row that asks: the chosen token and the most likely ones, as {token id: Logprob}."""
+    found: dict[int, dict[int, Logprob]] = {}
+    for row, request in enumerate(rows):
+        wanted = request.params.logprobs
+        if wanted is None:
+            continue
+        line = raw[row].log_softmax(-1)
+        chosen = int(ids[row])
+        values, tokens = line.topk(min(wanted, line.numel()))
+        entry = {chosen: Logprob(float(line[chosen]), int((line > line[chosen]).sum()) + 1)}
+        for rank, (value, token) in enumerate(zip(values.tolist(), tokens.tolist(), strict=True), start=1):
+            entry.setdefault(token, Logprob(value, rank))
+        found[row] = entry
+    return found

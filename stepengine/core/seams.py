@@ -1,0 +1,107 @@
+"""The roles that stages fill, as protocols: a class fits by having the methods, none is inherited.
+
+A stage is a `Parts`: one of each role. What a role must guarantee beyond its signature is checked by
+`stepengine.contracts`.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, NamedTuple, Protocol
+
+from stepengine.core.plan import Copy, StepPlan
+from stepengine.core.request import Request
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from stepengine.core.batch import Batch
+    from stepengine.core.kv_pool import KVPool
+    from stepengine.model.config import ModelConfig
+    from stepengine.model.decoder import Decoder
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What an engine may use. `num_blocks` counts blocks that requests can hold, without block 0."""
+
+    max_num_seqs: int
+    max_num_batched_tokens: int
+    max_model_len: int
+    block_size: int = 0  # tokens per block of K/V storage; 0: nothing is stored
+    num_blocks: int = 0
+
+
+class Grant(NamedTuple):
+    """Room for a request's tokens: blocks to append to its table, copies to make first."""
+
+    blocks: tuple[int, ...] = ()
+    copies: tuple[Copy, ...] = ()
+
+
+class Scheduler(Protocol):
+    """Decides what runs in each step, and keeps the states of the requests."""
+
+    def add(self, request: Request) -> None:
+        """Queue a new request."""
+
+    def plan(self) -> StepPlan:
+        """The next step. Looks at counts (`scheduled`, `num_tokens`), never at a token's value."""
+
+    def update(self, plan: StepPlan, token_ids: list[int]) -> list[tuple[int, str]]:
+        """Book a step's results, `token_ids` one per chunk (-1: none); the (id, reason) that ended.
+
+        Chunks whose request no longer accepts them are ignored.
+        """
+
+    def finish(self, request_id: int, reason: str) -> None:
+        """End a request from any state and give back what it holds; an unknown id is harmless."""
+
+    def idle(self) -> bool:
+        """True when no request waits or runs."""
+
+
+class KVCache(Protocol):
+    """Host bookkeeping of where K/V live; holds no tensors."""
+
+    @property
+    def free_tokens(self) -> int: ...
+
+    @property
+    def capacity_tokens(self) -> int: ...
+
+    def match(self, request: Request) -> int:
+        """How many leading tokens of a request that is about to start have their K/V here already."""
+
+    def grow(self, request: Request, upto: int) -> Grant | None:
+        """Room for the K/V of the first `upto` tokens, or None (and nothing changed) when full."""
+
+    def commit(self, request: Request, upto: int) -> int:
+        """K/V of the first `upto` tokens have been computed; how many of them survive this step."""
+
+    def release(self, request: Request) -> None:
+        """Take back everything the request holds."""
+
+
+class AttentionBackend(Protocol):
+    """Stores a step's keys and values and attends to them."""
+
+    capturable: bool  # whether a decode step can be captured in a CUDA graph
+
+    def forward(self, layer: int, q: "Tensor", k: "Tensor", v: "Tensor", batch: "Batch") -> "Tensor":
+        """q [T, Hq, D], k and v [T, Hk, D], after RoPE -> [T, Hq, D]."""
+
+
+def unchanged(model: "Decoder") -> "Decoder":
+    """The `prepare_model` of a stage that leaves the model as it was loaded."""
+    return model
+
+
+@dataclass(frozen=True)
+class Parts:
+    """One of each role: a stage of the engine."""
+
+    scheduler: Callable[[Limits, KVCache], Scheduler]
+    cache: Callable[[Limits], KVCache]
+    attention: Callable[["ModelConfig", "KVPool"], AttentionBackend]
+    block_size: Callable[[int, int | None], int]  # (max_model_len, block_size asked for) -> tokens a block
+    prepare_model: Callable[["Decoder"], "Decoder"] = unchanged

@@ -1,0 +1,316 @@
+"""`LLM`: a model and an engine of any stage behind vLLM's names."""
+
+import inspect
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import stepengine
+from stepengine.core.batch import Staging
+from stepengine.core.engine import Engine
+from stepengine.core.kv_pool import KVPool
+from stepengine.core.request import RequestOutput, SamplingParams
+from stepengine.core.runner import Runner
+from stepengine.core.seams import Limits
+from stepengine.errors import InvalidRequest, InvalidSetting, ModelError, StepEngineError
+from stepengine.model.catalog import resolve
+from stepengine.model.config import ModelConfig, check_run_length, require_unquantized
+from stepengine.model.loader import load_decoder
+from stepengine.stages import check_settings, find_stage
+from stepengine.trace import Trace
+
+Prompt = str | Sequence[int]
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+DEFAULT_SEQS = 64
+
+
+class LLM:
+    """A language model served by one stage of the engine.
+
+    model: catalogue name, local folder or hub id. stage: 0, 1, "1a", "1b" or a folder's name. device:
+    "cpu" or "cuda". dtype: "float32", "bfloat16", "float16", or "auto" (fp32 on a CPU, the
+    checkpoint's on a GPU). max_model_len (tokens): prompt and output of one request.
+    max_num_batched_tokens: prompt tokens in one step. kv_cache_memory (bytes): K/V storage. seed: of
+    requests that bring none. trace: record every step (`llm.trace`). scheduler, cache, attention:
+    the reader's own part in place of the stage's. Raises `InvalidSetting` or `ModelError`.
+    """
+
+    def __init__(
+        self,
+        model: str | Path = "smollm2-135m",
+        stage: int | str = 1,
+        device: str = "cpu",
+        dtype: str = "auto",
+        max_num_seqs: int | None = None,
+        max_num_batched_tokens: int | None = None,
+        max_model_len: int | None = None,
+        kv_cache_memory: int | None = None,
+        seed: int = 0,
+        trace: bool = False,
+        scheduler: Callable[..., Any] | None = None,
+        cache: Callable[..., Any] | None = None,
+        attention: Callable[..., Any] | None = None,
+        **later: Any,
+    ) -> None:
+        self.stage = find_stage(stage)
+        check_settings(self.stage, {"kv_cache_memory": kv_cache_memory, **later}, _names())
+        own = {"scheduler": scheduler, "cache": cache, "attention": attention}
+        parts = replace(self.stage.parts, **{name: part for name, part in own.items() if part is not None})
+        for name in ("max_num_seqs", "max_num_batched_tokens", "max_model_len", "kv_cache_memory"):
+            _check_count(name, locals()[name])
+        if not isinstance(seed, int) or isinstance(seed, bool):
+            raise InvalidSetting(f"seed is {seed!r}; it must be a whole number.")
+        self.device = _device(device)
+
+        self.name = str(model)
+        folder = resolve(model)
+        self.config = ModelConfig.from_folder(folder)
+        require_unquantized(self.config)
+        self.dtype = _dtype(dtype, self.device, self.config)
+        max_model_len = max_model_len or min(2048, self.config.max_position_embeddings)
+        if max_model_len > self.config.max_position_embeddings:
+            raise InvalidSetting(
+                f"max_model_len is {max_model_len}, and {self.name} was made for at most "
+                f"{self.config.max_position_embeddings} positions; lower it."
+            )
+        check_run_length(self.config, max_model_len)
+        budget = max_num_batched_tokens or max(2048, max_model_len)
+        if budget < max_model_len:
+            raise InvalidSetting(
+                f"max_num_batched_tokens is {budget}, below max_model_len {max_model_len}; before stage 4 a prompt "
+                f"runs in one piece, so raise it or lower max_model_len."
+            )
+        block_size = parts.block_size(max_model_len, None)
+        block_bytes = block_size * self.config.kv_bytes_per_token(self.dtype)
+        seqs = _fit_slots(max_num_seqs, block_bytes, kv_cache_memory, self.device)
+        limits = Limits(seqs, budget, max_model_len, block_size, seqs if block_size else 0)
+
+        self.tokenizer = _load_tokenizer(folder)
+        decoder = parts.prepare_model(load_decoder(folder, self.device, self.dtype, max_model_len))
+        pool = KVPool(self.config, limits.num_blocks, block_size, self.device, self.dtype)
+        table_length = -(-max_model_len // block_size) if block_size else 0
+        staging = Staging(self.device, seqs, budget, table_length, block_size)
+        runner = Runner(decoder, parts.attention(self.config, pool), staging)
+        self.trace = Trace(self._meta(decoder, limits), self.tokenizer) if trace else None
+        kv_cache = parts.cache(limits)
+        self.engine = Engine(
+            parts.scheduler(limits, kv_cache),
+            kv_cache,
+            runner,
+            limits,
+            eos_ids=self.config.eos_token_ids,
+            tokenizer=self.tokenizer,
+            recorder=self.trace,
+            seed=seed,
+        )
+
+    def _meta(self, decoder: torch.nn.Module, limits: Limits) -> dict[str, Any]:
+        """What a trace says of the run it comes from."""
+        return {
+            "stage": self.stage.name,
+            "model": self.name,
+            "device": str(self.device),
+            "dtype": str(self.dtype).removeprefix("torch."),
+            **vars(limits),
+            "kv_bytes_per_token": self.config.kv_bytes_per_token(self.dtype),
+            "weight_bytes": sum(weight.nbytes for weight in decoder.parameters()),
+            "versions": {"stepengine": stepengine.__version__, "torch": torch.__version__},
+        }
+
+    # -- prompts in, texts out --------------------------------------------------------------------
+
+    def generate(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        params: SamplingParams | Sequence[SamplingParams] | None = None,
+        priority: int | Sequence[int] = 0,
+        progress: bool = False,
+    ) -> list[RequestOutput]:
+        """Run prompts (texts or token-id lists) to their end; outputs in the prompts' order.
+
+        One `params` (and one `priority`) for all, or one per prompt. The whole list is checked before
+        anything is scheduled; `InvalidRequest` names the index. Requests that are already in the engine
+        go on beside these. Ctrl-C aborts these prompts and leaves the engine usable.
+        """
+        single = isinstance(prompts, str) or _is_ids(prompts)
+        listed: list[Prompt] = [prompts] if single else list(prompts)  # type: ignore[list-item, arg-type]
+        each = (
+            _one_per_prompt("params", params, len(listed)) if params is not None else [SamplingParams()] * len(listed)
+        )
+        order = _one_per_prompt("priority", priority, len(listed))
+        encoded = []
+        for index, (prompt, own) in enumerate(zip(listed, each, strict=True)):
+            try:
+                ids = self._encode(prompt)
+                self.engine.check(ids, own)
+            except InvalidRequest as error:
+                raise InvalidRequest(f"Prompt {index}: {error}") from None
+            encoded.append(ids)
+        ids_of = [self.engine.add_request(*request) for request in zip(encoded, each, order, strict=True)]
+        outputs = {output.request_id: output for output in self._run(ids_of, progress)}
+        for prompt, request_id in zip(listed, ids_of, strict=True):
+            outputs[request_id].prompt = prompt if isinstance(prompt, str) else None
+        return [outputs[request_id] for request_id in ids_of]
+
+    def chat(
+        self,
+        messages: Sequence[Mapping[str, str]] | Sequence[Sequence[Mapping[str, str]]],
+        params: SamplingParams | Sequence[SamplingParams] | None = None,
+    ) -> list[RequestOutput]:
+        """Like `generate` for one conversation or several, through the model's chat template."""
+        many = bool(messages) and not isinstance(messages[0], Mapping)
+        conversations = messages if many else [messages]
+        return self.generate([self.chat_prompt(talk) for talk in conversations], params)  # type: ignore[arg-type]
+
+    def chat_prompt(self, messages: Sequence[Mapping[str, str]]) -> list[int]:
+        """Token ids of a conversation [{"role": ..., "content": ...}, ...], ready for the answer."""
+        if self.tokenizer is None or not self.tokenizer.chat_template:
+            raise InvalidRequest(f"{self.name} has no chat template; give generate a text or token ids.")
+        if not messages or not all(isinstance(m, Mapping) and {"role", "content"} <= m.keys() for m in messages):
+            raise InvalidRequest("A conversation is a list of {'role': ..., 'content': ...}; it must not be empty.")
+        text = self.tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=True)
+        return list(self.tokenizer.encode(text, add_special_tokens=False))
+
+    def stream(self, prompt: Prompt, params: SamplingParams | None = None) -> Iterator[RequestOutput]:
+        """Run one prompt and yield as it grows: texts are the new pieces, token ids the new tokens.
+
+        The last piece has `finished=True`. Leaving the loop early aborts the request.
+        """
+        params = SamplingParams() if params is None else params
+        ids = self._encode(prompt)
+        self.engine.check(ids, params)
+        return self._stream(ids, params, prompt if isinstance(prompt, str) else None)
+
+    def _stream(self, ids: list[int], params: SamplingParams, prompt: str | None) -> Iterator[RequestOutput]:
+        request_id = self.engine.add_request(ids, params)
+        told = [(0, 0)] * params.n  # characters and tokens handed out, per sample
+        finished = False
+        try:
+            while not finished:
+                self.engine.advance()
+                output = self.engine.output(request_id)
+                output.prompt, finished = prompt, output.finished
+                whole = [(len(sample.text), len(sample.token_ids)) for sample in output.outputs]
+                if whole == told and not finished:
+                    continue
+                pieces = [
+                    replace(sample, text=sample.text[chars:], token_ids=sample.token_ids[tokens:])
+                    for sample, (chars, tokens) in zip(output.outputs, told, strict=True)
+                ]
+                told = whole
+                yield replace(output, outputs=pieces)
+        finally:
+            self.engine.abort(request_id)
+            self.engine.collect([request_id])
+
+    def _run(self, request_ids: list[int], progress: bool) -> list[RequestOutput]:
+        from tqdm import tqdm
+
+        left, done = set(request_ids), []
+        try:
+            with tqdm(total=len(left), unit="request", disable=not progress) as bar:
+                while left:
+                    self.engine.advance()
+                    ended = self.engine.collect(left)
+                    left -= {output.request_id for output in ended}
+                    done += ended
+                    bar.update(len(ended))
+        except BaseException:
+            for request_id in left:
+                self.engine.abort(request_id)
+            self.engine.collect(request_ids)
+            raise
+        return done
+
+    def _encode(self, prompt: Prompt) -> list[int]:
+        if not isinstance(prompt, str):
+            return list(prompt) if isinstance(prompt, Sequence) else prompt
+        if self.tokenizer is None:
+            raise InvalidRequest(f"{self.name} has no tokenizer, so a text cannot be its prompt; give token ids.")
+        return list(self.tokenizer.encode(prompt))
+
+    def stats(self) -> dict[str, Any]:
+        """Counters since the model was loaded: steps, tokens, preemptions, K/V utilisation, mean TTFT, ..."""
+        return self.engine.stats()
+
+
+def _names() -> list[str]:
+    return [name for name in inspect.signature(LLM).parameters if name != "later"]
+
+
+def _is_ids(prompts: object) -> bool:
+    return isinstance(prompts, Sequence) and bool(prompts) and all(isinstance(item, int) for item in prompts)
+
+
+def _one_per_prompt(name: str, given: Any, count: int) -> list[Any]:
+    if not isinstance(given, Sequence):
+        return [given] * count
+    if len(given) != count:
+        raise InvalidRequest(f"{name} has {len(given)} entries for {count} prompts; give one for all or one each.")
+    return list(given)
+
+
+def _check_count(name: str, value: object) -> None:
+    if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
+        raise InvalidSetting(f"{name} is {value!r}; it must be a whole number, at least 1, or None for the default.")
+
+
+def _device(name: str) -> torch.device:
+    if name not in ("cpu", "cuda"):
+        raise InvalidSetting(f"device is {name!r}; it must be 'cpu' or 'cuda'.")
+    if name == "cuda" and not torch.cuda.is_available():
+        raise InvalidSetting(
+            "device is 'cuda', but torch finds no GPU here; use device='cpu' or see `stepengine doctor`."
+        )
+    return torch.device(name)
+
+
+def _dtype(name: str, device: torch.device, config: ModelConfig) -> torch.dtype:
+    if name == "auto":
+        name = config.dtype if device.type == "cuda" and config.dtype in DTYPES else "float32"
+    if name not in DTYPES:
+        raise InvalidSetting(f"dtype is {name!r}; it must be one of {', '.join(DTYPES)} or 'auto'.")
+    return DTYPES[name]
+
+
+def _fit_slots(asked: int | None, block_bytes: int, budget: int | None, device: torch.device) -> int:
+    """How many requests run at once. Unset, it shrinks to the K/V budget; set, it must fit."""
+    if block_bytes == 0:
+        return asked or DEFAULT_SEQS
+    if budget is None:
+        budget = min(1 << 30, _free_bytes(device) // 4) if device.type == "cpu" else _free_bytes(device) // 2
+    room = budget // block_bytes
+    mib = 1 / (1 << 20)
+    if room < (asked or 1):
+        raise InvalidSetting(
+            f"{asked or 1} K/V slots of {block_bytes * mib:.0f} MiB need {(asked or 1) * block_bytes * mib:.0f} MiB, and "
+            f"the K/V budget is {budget * mib:.0f} MiB; lower max_num_seqs or max_model_len, or raise kv_cache_memory."
+        )
+    return asked or min(DEFAULT_SEQS, room)
+
+
+def _free_bytes(device: torch.device) -> int:
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        return next(int(line.split()[1]) for line in lines if line.startswith("MemAvailable")) * 1024
+    except (OSError, StopIteration):
+        return 4 << 30  # no /proc (macOS): assume a small machine
+
+
+def _load_tokenizer(folder: Path) -> Any:
+    """The folder's tokenizer, or None if it has none."""
+    if not any((folder / name).exists() for name in ("tokenizer.json", "tokenizer.model", "vocab.json")):
+        return None
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    except StepEngineError:
+        raise
+    except Exception as error:
+        raise ModelError(f"The tokenizer in {folder} cannot be read ({error}); remove it to use token ids.") from error

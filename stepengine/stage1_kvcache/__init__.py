@@ -1,0 +1,1 @@
+"""Stage 1: (a) a K/V cache of contiguous slots, (b) continuous batching, each selectable alone."""
