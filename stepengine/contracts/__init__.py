@@ -1,0 +1,7 @@
+"""Checks that any implementation of a seam must pass: ours and the reader's. They report, never raise."""
+
+from stepengine.contracts.kv_cache import check_kv_cache
+from stepengine.contracts.report import Report
+from stepengine.contracts.scheduler import check_scheduler
+
+__all__ = ["Report", "check_kv_cache", "check_scheduler"]
