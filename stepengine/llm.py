@@ -12,13 +12,14 @@ import stepengine
 from stepengine.core.batch import Staging
 from stepengine.core.engine import Engine
 from stepengine.core.kv_pool import KVPool
-from stepengine.core.request import RequestOutput, SamplingParams
+from stepengine.core.request import Request, RequestOutput, SamplingParams
 from stepengine.core.runner import Runner
 from stepengine.core.seams import Limits
 from stepengine.errors import InvalidRequest, InvalidSetting, ModelError, StepEngineError
 from stepengine.model.catalog import resolve
 from stepengine.model.config import ModelConfig, check_run_length, require_unquantized
 from stepengine.model.loader import load_decoder
+from stepengine.stage0_naive.attention import RecomputedAttention
 from stepengine.stages import check_settings, find_stage
 from stepengine.trace import Trace
 
@@ -232,6 +233,16 @@ class LLM:
             raise InvalidRequest(f"{self.name} has no tokenizer, so a text cannot be its prompt; give token ids.")
         return list(self.tokenizer.encode(prompt))
 
+    @torch.no_grad()
+    def logits(self, token_ids: Sequence[int]) -> torch.Tensor:
+        """The model as a plain function of one sequence: logits [T, vocab] of its T tokens, nothing cached."""
+        self.engine.check(token_ids, SamplingParams(max_tokens=1))
+        request = Request(0, list(token_ids), SamplingParams(), max_len=len(token_ids))
+        staging = Staging(self.device, 1, len(token_ids), 0, 0)
+        batch = staging.fill([request.schedule()], {0: request})
+        model = self.engine.runner.model
+        return model.logits(model(batch, RecomputedAttention()))
+
     def stats(self) -> dict[str, Any]:
         """Counters since the model was loaded: steps, tokens, preemptions, K/V utilisation, mean TTFT, ..."""
         return self.engine.stats()
@@ -286,8 +297,8 @@ def _fit_slots(asked: int | None, block_bytes: int, budget: int | None, device: 
     mib = 1 / (1 << 20)
     if room < (asked or 1):
         raise InvalidSetting(
-            f"{asked or 1} K/V slots of {block_bytes * mib:.0f} MiB need {(asked or 1) * block_bytes * mib:.0f} MiB, and "
-            f"the K/V budget is {budget * mib:.0f} MiB; lower max_num_seqs or max_model_len, or raise kv_cache_memory."
+            f"{asked or 1} K/V slots of {block_bytes * mib:.0f} MiB need {(asked or 1) * block_bytes * mib:.0f} MiB, "
+            f"and the K/V budget is {budget * mib:.0f} MiB; lower max_num_seqs or max_model_len, or raise kv_cache_memory."
         )
     return asked or min(DEFAULT_SEQS, room)
 

@@ -118,6 +118,8 @@ class Staging:
         if self._device is not self._host:
             self._device.copy_(self._host, non_blocking=True)
         view = self._views
+        per_token: dict[str, Any] = {name: view[name][:total] for name in self.TOKEN_FIELDS}
+        per_row: dict[str, Any] = {name: view[name][:count] for name in self.ROW_FIELDS}
         return Batch(
             num_tokens=total,
             max_q=max(lengths),
@@ -126,6 +128,6 @@ class Staging:
             starts=[chunk.start for chunk in chunks],
             lengths=lengths,
             tables=table,
-            **{name: view[name][:total] for name in self.TOKEN_FIELDS},
-            **{name: view[name][:count] for name in self.ROW_FIELDS},
+            **per_token,
+            **per_row,
         )

@@ -24,10 +24,10 @@ class Chunk(NamedTuple):
 
 
 class Copy(NamedTuple):
-    """Copy-on-write: entry `index` of `request`'s table moves from block `source` to `destination`."""
+    """Copy-on-write: entry `entry` of `request`'s table moves from block `source` to `destination`."""
 
     request: int
-    index: int
+    entry: int  # place in the block table
     source: int
     destination: int
 

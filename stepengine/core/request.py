@@ -138,8 +138,11 @@ class RequestOutput:
 class TextStream(Protocol):
     """Turns a request's tokens into text as they come (see `core.text`)."""
 
-    text: str
     stopped_by: str | None
+
+    @property
+    def text(self) -> str:
+        """What may be shown so far."""
 
     def push(self, token: int, may_stop: bool) -> bool:
         """Take one token; True when a stop string has appeared."""

@@ -34,8 +34,8 @@ class RecomputedAttention:
 
     capturable = False
 
-    def __init__(self, config: ModelConfig, pool: KVPool) -> None:
-        pass
+    def __init__(self, config: ModelConfig | None = None, pool: KVPool | None = None) -> None:
+        """Needs neither: the shapes come with the tensors, and nothing is stored."""
 
     def forward(self, layer: int, q: Tensor, k: Tensor, v: Tensor, batch: Batch) -> Tensor:
         """q [T, Hq, D], k and v [T, Hk, D] -> [T, Hq, D], request by request."""
