@@ -1,8 +1,9 @@
 """`LLM`: a model and an engine of any stage behind vLLM's names."""
 
 import inspect
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from numbers import Integral
 from pathlib import Path
 from typing import Any
 
@@ -44,7 +45,7 @@ class LLM:
         model: str | Path = "smollm2-135m",
         stage: int | str = 1,
         device: str = "cpu",
-        dtype: str = "auto",
+        dtype: str | torch.dtype = "auto",
         max_num_seqs: int | None = None,
         max_num_batched_tokens: int | None = None,
         max_model_len: int | None = None,
@@ -89,6 +90,10 @@ class LLM:
         seqs = _fit_slots(max_num_seqs, block_bytes, kv_cache_memory, self.device)
         limits = Limits(seqs, budget, max_model_len, block_size, seqs if block_size else 0)
 
+        kv_cache = parts.cache(limits)
+        if not block_size and kv_cache.capacity_tokens == 0:
+            raise InvalidSetting(f"This cache stores K/V, and stage {self.stage.name} has no storage; use stage 1a.")
+
         self.tokenizer = _load_tokenizer(folder)
         decoder = parts.prepare_model(load_decoder(folder, self.device, self.dtype, max_model_len))
         pool = KVPool(self.config, limits.num_blocks, block_size, self.device, self.dtype)
@@ -96,7 +101,6 @@ class LLM:
         staging = Staging(self.device, seqs, budget, table_length, block_size)
         runner = Runner(decoder, parts.attention(self.config, pool), staging)
         self.trace = Trace(self._meta(decoder, limits), self.tokenizer) if trace else None
-        kv_cache = parts.cache(limits)
         self.engine = Engine(
             parts.scheduler(limits, kv_cache),
             kv_cache,
@@ -136,6 +140,10 @@ class LLM:
         anything is scheduled; `InvalidRequest` names the index. Requests that are already in the engine
         go on beside these. Ctrl-C aborts these prompts and leaves the engine usable.
         """
+        if isinstance(prompts, (bytes, Mapping)) or not isinstance(prompts, Iterable):
+            raise InvalidRequest(
+                f"prompts is {prompts!r}; it must be a text, a list of token ids, or a list of either."
+            )
         single = isinstance(prompts, str) or _is_ids(prompts)
         listed: list[Prompt] = [prompts] if single else list(prompts)  # type: ignore[list-item, arg-type]
         each = (
@@ -143,10 +151,10 @@ class LLM:
         )
         order = _one_per_prompt("priority", priority, len(listed))
         encoded = []
-        for index, (prompt, own) in enumerate(zip(listed, each, strict=True)):
+        for index, (prompt, own, rank) in enumerate(zip(listed, each, order, strict=True)):
             try:
                 ids = self._encode(prompt)
-                self.engine.check(ids, own)
+                self.engine.check(ids, own, rank)
             except InvalidRequest as error:
                 raise InvalidRequest(f"Prompt {index}: {error}") from None
             encoded.append(ids)
@@ -228,7 +236,7 @@ class LLM:
 
     def _encode(self, prompt: Prompt) -> list[int]:
         if not isinstance(prompt, str):
-            return list(prompt) if isinstance(prompt, Sequence) else prompt
+            return _plain_ids(prompt)
         if self.tokenizer is None:
             raise InvalidRequest(f"{self.name} has no tokenizer, so a text cannot be its prompt; give token ids.")
         return list(self.tokenizer.encode(prompt))
@@ -253,7 +261,16 @@ def _names() -> list[str]:
 
 
 def _is_ids(prompts: object) -> bool:
-    return isinstance(prompts, Sequence) and bool(prompts) and all(isinstance(item, int) for item in prompts)
+    if isinstance(prompts, (str, bytes)) or not isinstance(prompts, Sequence) or not prompts:
+        return False
+    return all(isinstance(item, Integral) for item in prompts)
+
+
+def _plain_ids(prompt: Any) -> Any:
+    """Whole numbers of any kind (numpy's too) as a list of int; what else it may be is left to the engine's check."""
+    if isinstance(prompt, (bytes, Mapping)) or not isinstance(prompt, Iterable):
+        return prompt
+    return [int(token) if isinstance(token, Integral) and not isinstance(token, bool) else token for token in prompt]
 
 
 def _one_per_prompt(name: str, given: Any, count: int) -> list[Any]:
@@ -265,8 +282,12 @@ def _one_per_prompt(name: str, given: Any, count: int) -> list[Any]:
 
 
 def _check_count(name: str, value: object) -> None:
-    if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
-        raise InvalidSetting(f"{name} is {value!r}; it must be a whole number, at least 1, or None for the default.")
+    most = 65536 if name == "max_num_seqs" else 1 << 48
+    whole = isinstance(value, int) and not isinstance(value, bool)
+    if value is not None and not (whole and 1 <= value <= most):
+        raise InvalidSetting(
+            f"{name} is {value!r}; it must be a whole number from 1 to {most}, or None for the default."
+        )
 
 
 def _device(name: str) -> torch.device:
@@ -279,11 +300,12 @@ def _device(name: str) -> torch.device:
     return torch.device(name)
 
 
-def _dtype(name: str, device: torch.device, config: ModelConfig) -> torch.dtype:
+def _dtype(asked: str | torch.dtype, device: torch.device, config: ModelConfig) -> torch.dtype:
+    name = str(asked).removeprefix("torch.")
     if name == "auto":
         name = config.dtype if device.type == "cuda" and config.dtype in DTYPES else "float32"
     if name not in DTYPES:
-        raise InvalidSetting(f"dtype is {name!r}; it must be one of {', '.join(DTYPES)} or 'auto'.")
+        raise InvalidSetting(f"dtype is {asked!r}; it must be one of {', '.join(DTYPES)} or 'auto'.")
     return DTYPES[name]
 
 
@@ -298,7 +320,8 @@ def _fit_slots(asked: int | None, block_bytes: int, budget: int | None, device: 
     if room < (asked or 1):
         raise InvalidSetting(
             f"{asked or 1} K/V slots of {block_bytes * mib:.0f} MiB need {(asked or 1) * block_bytes * mib:.0f} MiB, "
-            f"and the K/V budget is {budget * mib:.0f} MiB; lower max_num_seqs or max_model_len, or raise kv_cache_memory."
+            f"and the K/V budget is {budget * mib:.0f} MiB; lower max_num_seqs or max_model_len, or raise "
+            f"kv_cache_memory."
         )
     return asked or min(DEFAULT_SEQS, room)
 

@@ -9,6 +9,7 @@ import torch
 
 from stepengine.core.plan import Chunk
 from stepengine.core.request import Request
+from stepengine.errors import StepEngineError
 
 
 @dataclass
@@ -94,6 +95,12 @@ class Staging:
         ends: list[int] = [0]
         for row, chunk in enumerate(chunks):
             request = requests[chunk.request]
+            room = len(request.blocks) * self.block_size
+            if self.block_size and room < chunk.end:
+                raise StepEngineError(
+                    f"Request {request.id} is to store K/V of {chunk.end} tokens and holds room for {room}; "
+                    f"KVCache.grow must grant blocks before the tokens run."
+                )
             ids.extend(request.token_ids[chunk.start : chunk.end])
             positions.extend(range(chunk.start, chunk.end))
             ends.append(len(ids))
@@ -107,7 +114,7 @@ class Staging:
         host["temperature"][:count] = [request.params.temperature for request in live]
         host["top_p"][:count] = [request.params.top_p for request in live]
         host["min_p"][:count] = [request.params.min_p for request in live]
-        host["top_k"][:count] = [max(request.params.top_k, 0) for request in live]
+        host["top_k"][:count] = [min(max(request.params.top_k, 0), 2**31 - 1) for request in live]
         host["noise_key"][:count] = [request.noise_key for request in live]
         lengths = [chunk.length for chunk in chunks]
         if self.block_size:

@@ -83,7 +83,7 @@ class Engine:
 
     # -- requests ---------------------------------------------------------------------------------
 
-    def check(self, prompt_ids: Sequence[int], params: SamplingParams) -> None:
+    def check(self, prompt_ids: Sequence[int], params: SamplingParams, priority: int = 0) -> None:
         """Raise `InvalidRequest` if this request could never run; changes nothing."""
         limit = self.limits.max_model_len
         if not isinstance(params, SamplingParams):
@@ -114,6 +114,8 @@ class Engine:
             raise InvalidRequest(
                 f"stop is {list(params.stop)!r}, but this model folder has no tokenizer; use stop_token_ids."
             )
+        if not isinstance(priority, int) or isinstance(priority, bool):
+            raise InvalidRequest(f"priority is {priority!r}; it must be a whole number (a lower one goes first).")
         bad = [token for token in params.stop_token_ids if token >= self._vocab_size]
         if bad:
             raise InvalidRequest(f"stop_token_ids holds {bad[0]}; the vocabulary has ids 0 to {self._vocab_size - 1}.")
@@ -121,9 +123,7 @@ class Engine:
     def add_request(self, prompt_ids: Sequence[int], params: SamplingParams | None = None, priority: int = 0) -> int:
         """Queue a prompt of token ids; the id of its output. A lower `priority` goes first."""
         params = SamplingParams() if params is None else params
-        self.check(prompt_ids, params)
-        if not isinstance(priority, int) or isinstance(priority, bool):
-            raise InvalidRequest(f"priority is {priority!r}; it must be a whole number (a lower one goes first).")
+        self.check(prompt_ids, params, priority)
         group, now = self._next_id, self.clock()
         seed = self._seed + group if params.seed is None else params.seed
         self._next_id += params.n
@@ -179,23 +179,26 @@ class Engine:
         """Run one step and keep what ended for `collect`. Does nothing when no request is there."""
         if self.scheduler.idle():
             return
-        began = self.clock()
-        with _interrupts_held():
-            plan = self.scheduler.plan()
-        if not plan.chunks:
-            raise NoProgress(
-                f"Step {plan.step} could run nothing: {plan.blocked or 'the scheduler planned no tokens'}. Abort a "
-                f"request, or give the engine more room."
-            )
-        running = self.clock()
+        began = running = self.clock()
+        plan: StepPlan | None = None
         try:
-            result = self.runner.run(plan, self.requests)
-        except BaseException:
             with _interrupts_held():
-                self._undo(plan, began, running)
+                plan = self.scheduler.plan()
+            if not plan.chunks:
+                raise NoProgress(
+                    f"Step {plan.step} could run nothing: {plan.blocked or 'the scheduler planned no tokens'}. Abort "
+                    f"a request, or give the engine more room."
+                )
+            running = self.clock()
+            result = self.runner.run(plan, self.requests)
+            with _interrupts_held():
+                self._update(plan, result, began, running)
+                plan = None  # booked: an interrupt that was held back must not undo it
+        except BaseException:
+            if plan is not None:
+                with _interrupts_held():
+                    self._undo(plan, began, running)
             raise
-        with _interrupts_held():
-            self._update(plan, result, began, running)
 
     def _update(self, plan: StepPlan, result: StepResult, began: float, running: float) -> None:
         live = [self.requests[chunk.request] for chunk in plan.chunks]
@@ -223,8 +226,8 @@ class Engine:
                 request.logprobs.append(entry)
                 request.cumulative_logprob += entry[result.token_ids[row]].logprob
         self._record(plan, result.token_ids, finished, began, running)
-        for request_id, _ in finished:
-            self._ended(self.requests[request_id])
+        for request in [self.requests[request_id] for request_id, _ in finished]:
+            self._ended(request)
 
     def _undo(self, plan: StepPlan, began: float, running: float) -> None:
         """A step that failed leaves its requests as they were before it; blocks stay with their owners."""
@@ -251,7 +254,7 @@ class Engine:
         if request.text is not None:
             request.text.close()
         group = self._groups[request.group]
-        if all(sample.state is State.FINISHED for sample in group):
+        if all(sample.t_finished is not None for sample in group):
             self._outbox[request.group] = self.output(request.group)
             self.counters["finished"] += 1
             del self._groups[request.group]
@@ -264,7 +267,7 @@ class Engine:
             return self._outbox[request_id]
         group = self._groups[request_id]
         firsts = [sample.t_first for sample in group if sample.t_first is not None]
-        ended = all(sample.state is State.FINISHED for sample in group)
+        ended = all(sample.t_finished is not None for sample in group)
         arrived = group[0].t_arrived
         last = max((sample.t_finished or arrived for sample in group), default=arrived)
         return RequestOutput(

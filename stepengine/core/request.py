@@ -1,7 +1,7 @@
 """Requests: what a user asks for, what the engine keeps while it runs, what comes back."""
 
 import dataclasses
-import math
+import numbers
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from enum import Enum
@@ -20,19 +20,24 @@ class State(Enum):
     FINISHED = "finished"
 
 
+LARGEST = 1e30  # a temperature or penalty beyond it has no float32 effect that is still a number
+
+
 def _real(value: object) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    return isinstance(value, numbers.Real) and not isinstance(value, bool) and abs(value) <= LARGEST
 
 
 def _whole(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
+    return isinstance(value, numbers.Integral) and not isinstance(value, bool)
 
 
 def _ids(value: object) -> tuple[int, ...]:
+    if value is None:
+        return ()
     items = tuple(value) if isinstance(value, Sequence) and not isinstance(value, str) else (value,)
     if not all(_whole(item) and item >= 0 for item in items):
         raise InvalidRequest(f"stop_token_ids is {value!r}; it must be a list of token ids, each at least 0.")
-    return items
+    return tuple(int(item) for item in items)
 
 
 @dataclass(frozen=True)
@@ -54,15 +59,15 @@ class SamplingParams:
     presence_penalty: float = 0.0
     frequency_penalty: float = 0.0
     seed: int | None = None
-    stop: tuple[str, ...] = ()
-    stop_token_ids: tuple[int, ...] = ()
+    stop: tuple[str, ...] = ()  # one string, a list or None are taken too
+    stop_token_ids: tuple[int, ...] = ()  # a list or None are taken too
     ignore_eos: bool = False
     max_tokens: int = 16
     min_tokens: int = 0
     logprobs: int | None = None
 
     def __post_init__(self) -> None:
-        stop = (self.stop,) if isinstance(self.stop, str) else self.stop
+        stop = (self.stop,) if isinstance(self.stop, str) else () if self.stop is None else self.stop
         if not isinstance(stop, Sequence) or not all(isinstance(text, str) and text for text in stop):
             raise InvalidRequest(f"stop is {self.stop!r}; it must be one string or a list of strings, none empty.")
         object.__setattr__(self, "stop", tuple(stop))

@@ -41,7 +41,7 @@ def gumbel(keys: torch.Tensor, positions: torch.Tensor, vocab_size: int) -> torc
     row = _mix_tensor(keys ^ (_mix_tensor(positions + 0x3C6EF372)))  # [R]
     token = torch.arange(vocab_size, dtype=torch.int32, device=keys.device) * (0x9E3779B9 - (1 << 32))
     bits = _mix_tensor(_mix_tensor(token[None, :] + row[:, None]) ^ row[:, None])
-    uniform = ((bits >> 8) & 0xFFFFFF).float().add_(0.5).mul_(2.0**-24)  # in (0, 1)
+    uniform = ((bits >> 9) & 0x7FFFFF).float().add_(0.5).mul_(2.0**-23)  # in (0, 1): 24 bits + 0.5 could round to 1
     return uniform.log_().neg_().log_().neg_()
 
 
@@ -119,7 +119,9 @@ def sample(
     ids = adjusted.argmax(-1)
     drawn = [row for row, request in enumerate(rows) if request.params.temperature > 0]
     if drawn:
-        tempered = adjusted[drawn] / batch.temperature[drawn][:, None]
+        line = adjusted[drawn]
+        line = line - line.max(-1, keepdim=True).values  # at most 0, so that a tiny temperature cannot overflow
+        tempered = line / batch.temperature[drawn].clamp_min(1e-30)[:, None]
         params = [rows[row].params for row in drawn]
         tempered = restrict(tempered, params, batch.min_p[drawn], batch.top_k[drawn], batch.top_p[drawn])
         noise = gumbel(batch.noise_key[drawn], batch.kv_lens[drawn], tempered.shape[-1])
