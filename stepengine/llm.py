@@ -15,7 +15,7 @@ from stepengine.core.engine import Engine
 from stepengine.core.kv_pool import KVPool
 from stepengine.core.request import Request, RequestOutput, SamplingParams
 from stepengine.core.runner import Runner
-from stepengine.core.seams import Limits
+from stepengine.core.seams import Limits, Parts
 from stepengine.errors import InvalidRequest, InvalidSetting, ModelError, StepEngineError
 from stepengine.model.catalog import resolve
 from stepengine.model.config import ModelConfig, check_run_length, require_unquantized
@@ -100,7 +100,7 @@ class LLM:
         table_length = -(-max_model_len // block_size) if block_size else 0
         staging = Staging(self.device, seqs, budget, table_length, block_size)
         runner = Runner(decoder, parts.attention(self.config, pool), staging)
-        self.trace = Trace(self._meta(decoder, limits), self.tokenizer) if trace else None
+        self.trace = Trace(self._meta(decoder, limits, parts), self.tokenizer) if trace else None
         self.engine = Engine(
             parts.scheduler(limits, kv_cache),
             kv_cache,
@@ -112,7 +112,7 @@ class LLM:
             seed=seed,
         )
 
-    def _meta(self, decoder: torch.nn.Module, limits: Limits) -> dict[str, Any]:
+    def _meta(self, decoder: torch.nn.Module, limits: Limits, parts: Parts) -> dict[str, Any]:
         """What a trace says of the run it comes from."""
         return {
             "stage": self.stage.name,
@@ -120,6 +120,7 @@ class LLM:
             "device": str(self.device),
             "dtype": str(self.dtype).removeprefix("torch."),
             **vars(limits),
+            "batching": getattr(parts.scheduler, "batching", "continuous"),
             "kv_bytes_per_token": self.config.kv_bytes_per_token(self.dtype),
             "weight_bytes": sum(weight.nbytes for weight in decoder.parameters()),
             "versions": {"stepengine": stepengine.__version__, "torch": torch.__version__},

@@ -5,7 +5,7 @@ import numbers
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from enum import Enum
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 from stepengine.core.plan import Chunk
 from stepengine.errors import InvalidRequest, StepEngineError
@@ -23,8 +23,11 @@ class State(Enum):
 LARGEST = 1e30  # a temperature or penalty beyond it has no float32 effect that is still a number
 
 
-def _real(value: object) -> bool:
-    return isinstance(value, numbers.Real) and not isinstance(value, bool) and abs(value) <= LARGEST
+def _real(value: Any) -> bool:
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):
+        return False
+    size: Any = abs(value)
+    return bool(size <= LARGEST)
 
 
 def _whole(value: object) -> bool:

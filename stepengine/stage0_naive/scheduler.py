@@ -14,6 +14,8 @@ class StaticScheduler:
     token budget holds; then all of it runs in every step.
     """
 
+    batching = "static"  # noted in traces
+
     def __init__(self, limits: Limits, cache: KVCache) -> None:
         self.limits = limits
         self.cache = cache

@@ -14,6 +14,8 @@ class ContinuousScheduler:
     step as the token budget holds; otherwise every running request gets its next token.
     """
 
+    batching = "continuous"  # noted in traces
+
     def __init__(self, limits: Limits, cache: KVCache) -> None:
         self.limits = limits
         self.cache = cache

@@ -1,0 +1,23 @@
+"""Record, save, load, replay and measure what an engine did."""
+
+from stepengine.trace.io import load, save
+from stepengine.trace.metrics import KVUse, RequestMetrics, idle_rows, kv_use, percentiles, request_metrics, summarize
+from stepengine.trace.perfetto import to_perfetto
+from stepengine.trace.record import Trace
+from stepengine.trace.replay import Replay, Snapshot
+
+__all__ = [
+    "KVUse",
+    "Replay",
+    "RequestMetrics",
+    "Snapshot",
+    "Trace",
+    "idle_rows",
+    "kv_use",
+    "load",
+    "percentiles",
+    "request_metrics",
+    "save",
+    "summarize",
+    "to_perfetto",
+]

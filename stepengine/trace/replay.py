@@ -1,0 +1,280 @@
+"""The state of a run at any of its steps, rebuilt from plans and results alone."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+from stepengine.core.plan import Chunk, StepRecord
+from stepengine.errors import TraceError
+from stepengine.trace.record import Trace
+
+NOT_ARRIVED, WAITING, RUNNING, SWAPPED, FINISHED = "not arrived", "waiting", "running", "swapped", "finished"
+CHECKPOINT_EVERY = 64  # steps between saved states: memory against the cost of a jump
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """One step of a run. Dicts are keyed by request id, but for the two keyed by block id."""
+
+    index: int  # position in trace.steps
+    record: StepRecord
+    state: dict[int, str]  # "not arrived" | "waiting" | "running" | "swapped" | "finished"
+    reason: dict[int, str]  # of the finished ones: "stop" | "length" | "abort"
+    table: dict[int, tuple[int, ...]]  # block ids in logical order; () where a request holds none
+    computed: dict[int, int]  # tokens whose K/V survive
+    outputs: dict[int, tuple[int, ...]]  # token ids sampled so far
+    refs: dict[int, int]  # block id -> references, blocks in use only
+    block_tokens: dict[int, int]  # block id -> tokens held, blocks in use only
+    new_blocks: frozenset[int]  # granted, swapped in or copied to in this step
+    hit_blocks: frozenset[int]  # taken over with their contents in this step
+
+    @property
+    def chunks(self) -> tuple[Chunk, ...]:
+        """What the step ran."""
+        return self.record.plan.chunks
+
+
+@dataclass
+class _State:
+    state: dict[int, str]
+    reason: dict[int, str] = field(default_factory=dict)
+    table: dict[int, tuple[int, ...]] = field(default_factory=dict)
+    computed: dict[int, int] = field(default_factory=dict)
+    outputs: dict[int, tuple[int, ...]] = field(default_factory=dict)
+    hosted: dict[int, tuple[int, ...]] = field(default_factory=dict)  # host slots of the swapped ones
+    refs: dict[int, int] = field(default_factory=dict)
+    new: frozenset[int] = frozenset()
+    hits: frozenset[int] = frozenset()
+
+    def copy(self) -> "_State":
+        """Independent of the original: the dicts hold only immutable values."""
+        return _State(
+            dict(self.state),
+            dict(self.reason),
+            dict(self.table),
+            dict(self.computed),
+            dict(self.outputs),
+            dict(self.hosted),
+            dict(self.refs),
+            self.new,
+            self.hits,
+        )
+
+
+class Replay:
+    """Steps through a trace. `at(t)` is step t with its work done; `after(t)` has also let go what ended in it.
+
+    Stepping forward costs one step; a jump costs at most `CHECKPOINT_EVERY` steps once that part has been seen.
+    Inconsistencies (a block used that is not free or not held, a table entry out of range, a token skipped) raise
+    `TraceError` naming step and request.
+    """
+
+    def __init__(self, trace: Trace) -> None:
+        self.trace = trace
+        self.num_blocks = int(trace.meta.get("num_blocks") or 0)
+        self.block_size = int(trace.meta.get("block_size") or trace.meta.get("max_model_len") or 0)
+        # `_checkpoints[t]` is the state before step t
+        start = _State({r: NOT_ARRIVED for r in trace.requests})
+        self._checkpoints: dict[int, _State] = {0: start}
+        self._position, self._current = 0, start.copy()
+
+    def __len__(self) -> int:
+        return len(self.trace.steps)
+
+    def __iter__(self) -> Iterator[Snapshot]:
+        return (self.at(t) for t in range(len(self)))
+
+    def at(self, t: int) -> Snapshot:
+        """Step t (negative counts from the end): plan applied, tokens sampled, finished requests still holding."""
+        t = self._seek(t)
+        state = self._current.copy()
+        self._work(state, t)
+        return self._snapshot(state, t)
+
+    def after(self, t: int) -> Snapshot:
+        """Step t once finished requests have given their blocks back: the engine's state between two steps."""
+        t = self._seek(t)
+        state = self._current.copy()
+        self._work(state, t)
+        self._settle(state, t)
+        return self._snapshot(state, t)
+
+    def _seek(self, t: int) -> int:
+        """Bring the current state to just before step t."""
+        steps = len(self)
+        if not -steps <= t < steps:
+            raise TraceError(f"Step {t} is not in this trace, which has {steps} steps (0 to {steps - 1}).")
+        t %= steps
+        nearest = max(c for c in self._checkpoints if c <= t)
+        if self._position > t or self._position < nearest:
+            self._position, self._current = nearest, self._checkpoints[nearest].copy()
+        while self._position < t:
+            try:
+                self._work(self._current, self._position)
+                self._settle(self._current, self._position)
+            except TraceError:  # leave nothing half applied behind
+                self._position, self._current = 0, self._checkpoints[0].copy()
+                raise
+            self._position += 1
+            if self._position % CHECKPOINT_EVERY == 0:
+                self._checkpoints.setdefault(self._position, self._current.copy())
+        return t
+
+    def _work(self, s: _State, t: int) -> None:
+        """Everything of step t up to and including its sampled tokens."""
+        record = self.trace.steps[t]
+        plan = record.plan
+        if len(record.token_ids) != len(plan.chunks):
+            raise TraceError(
+                f"Step {plan.step} has {len(plan.chunks)} chunks but {len(record.token_ids)} token ids; "
+                "one per chunk is needed (-1 for none)."
+            )
+        s.new = s.hits = frozenset()
+        for request in plan.arrived:
+            if self._state_of(s, t, request) == NOT_ARRIVED:
+                s.state[request] = WAITING
+        for parent, child in record.forked:
+            self._fork(s, t, parent, child)
+        for request, reason in record.aborted:
+            if self._state_of(s, t, request) != FINISHED:
+                self._end(s, t, request, reason)
+        for request in plan.preempted:
+            self._expect(s, t, request, RUNNING, "is preempted")
+            self._drop(s, request)
+            s.state[request] = WAITING
+        for swap in plan.swapped_out:
+            self._expect(s, t, swap.request, RUNNING, "is swapped out")
+            if tuple(block for block, _ in swap.pairs) != s.table.get(swap.request, ()):
+                raise self._error(t, swap.request, f"swaps out blocks other than its table {s.table[swap.request]}")
+            computed = s.computed.get(swap.request, 0)
+            self._drop(s, swap.request)
+            s.computed[swap.request] = computed  # the host keeps it
+            s.hosted[swap.request] = tuple(slot for _, slot in swap.pairs)
+            s.state[swap.request] = SWAPPED
+        for swap in plan.swapped_in:
+            self._expect(s, t, swap.request, SWAPPED, "is swapped in")
+            if tuple(slot for _, slot in swap.pairs) != s.hosted.pop(swap.request):
+                raise self._error(t, swap.request, "swaps in other host slots than it was swapped out to")
+            self._grant(s, t, swap.request, tuple(block for block, _ in swap.pairs), 0)
+            s.state[swap.request] = RUNNING
+        for copy in plan.copies:
+            table = s.table.get(copy.request, ())
+            if not 0 <= copy.entry < len(table) or table[copy.entry] != copy.source:
+                raise self._error(
+                    t, copy.request, f"copies block {copy.source}, which is not entry {copy.entry} of its table"
+                )
+            self._take(s, t, copy.request, copy.destination)
+            self._release(s, copy.source)
+            s.table[copy.request] = (*table[: copy.entry], copy.destination, *table[copy.entry + 1 :])
+        for chunk, token in zip(plan.chunks, record.token_ids, strict=True):
+            self._run(s, t, chunk, token)
+
+    def _run(self, s: _State, t: int, chunk: Chunk, token: int) -> None:
+        request = chunk.request
+        if self._state_of(s, t, request) == FINISHED and token < 0:
+            return  # planned before its request was known to have ended, and ignored by the engine too
+        if s.state[request] not in (WAITING, RUNNING):
+            raise self._error(t, request, f"runs although it is {s.state[request]}")
+        computed = s.computed.get(request, 0)
+        total = len(self.trace.requests[request].prompt_ids) + len(s.outputs.get(request, ()))
+        if chunk.length < 1 or chunk.start < 0 or chunk.end > total:
+            raise self._error(t, request, f"runs tokens [{chunk.start}, {chunk.end}) of the {total} that it has")
+        if chunk.start > computed + chunk.cached:
+            raise self._error(
+                t, request, f"starts at token {chunk.start} although only {computed + chunk.cached} have K/V"
+            )
+        self._grant(s, t, request, chunk.blocks, chunk.cached)
+        s.state[request] = RUNNING
+        if self.num_blocks:
+            room = len(s.table.get(request, ())) * self.block_size
+            if chunk.end > room:
+                raise self._error(t, request, f"writes token {chunk.end - 1} but its blocks hold {room}")
+            s.computed[request] = chunk.end
+        if token >= 0:
+            s.outputs[request] = (*s.outputs.get(request, ()), token)
+
+    def _settle(self, s: _State, t: int) -> None:
+        for request, reason in self.trace.steps[t].finished:
+            if s.state.get(request) == FINISHED:
+                raise self._error(t, request, "finishes although it has ended before")
+            self._end(s, t, request, reason)
+
+    def _end(self, s: _State, t: int, request: int, reason: str) -> None:
+        self._state_of(s, t, request)
+        self._drop(s, request)
+        s.hosted.pop(request, None)
+        s.state[request], s.reason[request] = FINISHED, reason
+
+    def _fork(self, s: _State, t: int, parent: int, child: int) -> None:
+        self._state_of(s, t, child)
+        self._state_of(s, t, parent)
+        table = s.table.get(parent, ())
+        for block in table:
+            s.refs[block] += 1
+        s.table[child], s.computed[child] = table, s.computed.get(parent, 0)
+        s.outputs[child], s.state[child] = s.outputs.get(parent, ()), s.state[parent]
+
+    def _grant(self, s: _State, t: int, request: int, blocks: tuple[int, ...], cached: int) -> None:
+        if not blocks:
+            return
+        hits = -(-cached // self.block_size) if cached else 0
+        for position, block in enumerate(blocks):
+            self._take(s, t, request, block, shared=position < hits)
+        s.table[request] = (*s.table.get(request, ()), *blocks)
+
+    def _take(self, s: _State, t: int, request: int, block: int, shared: bool = False) -> None:
+        if not 1 <= block <= self.num_blocks:
+            raise self._error(t, request, f"is given block {block}, outside 1 to {self.num_blocks}")
+        if s.refs.get(block) and not shared:
+            raise self._error(t, request, f"is given block {block}, which is not free")
+        s.refs[block] = s.refs.get(block, 0) + 1
+        if shared:
+            s.hits |= {block}
+        else:
+            s.new |= {block}
+
+    def _drop(self, s: _State, request: int) -> None:
+        for block in s.table.pop(request, ()):
+            self._release(s, block)
+        s.computed[request] = 0
+
+    def _release(self, s: _State, block: int) -> None:
+        s.refs[block] -= 1
+        if not s.refs[block]:
+            del s.refs[block]
+
+    def _state_of(self, s: _State, t: int, request: int) -> str:
+        if request not in self.trace.requests:
+            raise self._error(t, request, "is used but never arrived")
+        return s.state.setdefault(request, NOT_ARRIVED)
+
+    def _expect(self, s: _State, t: int, request: int, state: str, what: str) -> None:
+        actual = self._state_of(s, t, request)
+        if actual != state:
+            raise self._error(t, request, f"{what} although it is {actual}")
+
+    def _error(self, t: int, request: int, what: str) -> TraceError:
+        return TraceError(
+            f"The trace contradicts itself: in step {self.trace.steps[t].plan.step}, request {request} {what}."
+        )
+
+    def _snapshot(self, s: _State, t: int) -> Snapshot:
+        held: dict[int, int] = {}
+        for request, table in s.table.items():
+            computed = s.computed.get(request, 0)
+            for i, block in enumerate(table):
+                tokens = min(max(computed - i * self.block_size, 0), self.block_size)
+                held[block] = max(held.get(block, 0), tokens)
+        ids = self.trace.requests
+        return Snapshot(
+            index=t,
+            record=self.trace.steps[t],
+            state={r: s.state.get(r, NOT_ARRIVED) for r in ids},
+            reason=s.reason,
+            table={r: s.table.get(r, ()) for r in ids},
+            computed={r: s.computed.get(r, 0) for r in ids},
+            outputs={r: s.outputs.get(r, ()) for r in ids},
+            refs=s.refs,
+            block_tokens=held,
+            new_blocks=s.new,
+            hit_blocks=s.hits,
+        )

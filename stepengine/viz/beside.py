@@ -1,0 +1,56 @@
+"""Two or more figures as one, side by side, each under its own title."""
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from stepengine.errors import InvalidSetting
+from stepengine.viz.template import INK, QUIET, dressed
+
+if TYPE_CHECKING:
+    import plotly.graph_objects as go
+
+GAP = 0.09  # of the width, between two figures
+
+
+def side_by_side(title: str, figures: "Sequence[go.Figure]", subtitle: str = "") -> "go.Figure":
+    """One figure that holds `figures`, which must have one x and one y axis each; their titles become headings."""
+    import plotly.graph_objects as go
+
+    if len(figures) < 2:
+        raise InvalidSetting(f"side_by_side got {len(figures)} figures; give at least two, or show the one as it is.")
+    whole = go.Figure()
+    alts = [str((figure.layout.meta or {}).get("alt", "")) for figure in figures]
+    height = max(figure.layout.height or 360 for figure in figures) + 40
+    width = sum(figure.layout.width or 440 for figure in figures)
+    dressed(whole, title, subtitle, " ".join(alts), height, width)
+    share = (1 - GAP * (len(figures) - 1)) / len(figures)
+    for place, figure in enumerate(figures):
+        left = place * (share + GAP)
+        _add(whole, figure, str(place + 1) if place else "", (left, left + share))
+    return whole.update_layout(margin={"t": 136})
+
+
+def _add(whole: "go.Figure", figure: "go.Figure", number: str, domain: tuple[float, float]) -> None:
+    """Copy one figure into the columns `domain` of the whole; its references get the axes' `number`."""
+
+    def moved(item: Any) -> dict[str, Any]:
+        refs = {f"{axis}ref": f"{axis}{number}" + ("" if item[f"{axis}ref"] == axis else " domain") for axis in "xy"}
+        return item.to_plotly_json() | refs
+
+    for trace in figure.data:
+        whole.add_trace(trace.__class__(trace.to_plotly_json() | {"xaxis": f"x{number}", "yaxis": f"y{number}"}))
+    x_axis, y_axis = figure.layout.xaxis.to_plotly_json(), figure.layout.yaxis.to_plotly_json()
+    whole.update_layout({
+        f"xaxis{number}": x_axis | {"domain": domain, "anchor": f"y{number}"},
+        f"yaxis{number}": y_axis | {"anchor": f"x{number}"},
+    })  # fmt: skip
+    for shape in figure.layout.shapes:
+        whole.add_shape(moved(shape))
+    for annotation in figure.layout.annotations:
+        whole.add_annotation(moved(annotation))
+    heading = figure.layout.title
+    text = f"<b>{heading.text}</b><br><span style='color:{QUIET}'>{heading.subtitle.text or ''}</span>"
+    whole.add_annotation(
+        text=text, x=0, y=1, xref=f"x{number} domain", yref=f"y{number} domain", xanchor="left", yanchor="bottom",
+        align="left", showarrow=False, yshift=8, font={"size": 13, "color": INK},
+    )  # fmt: skip
