@@ -20,14 +20,15 @@ def side_by_side(title: str, figures: "Sequence[go.Figure]", subtitle: str = "")
         raise InvalidSetting(f"side_by_side got {len(figures)} figures; give at least two, or show the one as it is.")
     whole = go.Figure()
     alts = [str((figure.layout.meta or {}).get("alt", "")) for figure in figures]
-    height = max(figure.layout.height or 360 for figure in figures) + 40
+    top = 116 if subtitle else 96
+    height = max(figure.layout.height or 360 for figure in figures) + top - 78
     width = sum(figure.layout.width or 440 for figure in figures)
     dressed(whole, title, subtitle, " ".join(alts), height, width)
     share = (1 - GAP * (len(figures) - 1)) / len(figures)
     for place, figure in enumerate(figures):
         left = place * (share + GAP)
         _add(whole, figure, str(place + 1) if place else "", (left, left + share))
-    return whole.update_layout(margin={"t": 136})
+    return whole.update_layout(margin={"t": top})
 
 
 def _add(whole: "go.Figure", figure: "go.Figure", number: str, domain: tuple[float, float]) -> None:
