@@ -2,7 +2,6 @@
 
 from typing import Protocol
 
-
 UNKNOWN = "\ufffd"  # what a decoder writes for bytes that are no character
 LONGEST = 8  # tokens to wait for a character; 4 bytes are the most that one has
 
