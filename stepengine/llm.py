@@ -159,8 +159,16 @@ class LLM:
             except InvalidRequest as error:
                 raise InvalidRequest(f"Prompt {index}: {error}") from None
             encoded.append(ids)
-        ids_of = [self.engine.add_request(*request) for request in zip(encoded, each, order, strict=True)]
-        outputs = {output.request_id: output for output in self._run(ids_of, progress)}
+        ids_of: list[int] = []
+        try:
+            for request in zip(encoded, each, order, strict=True):
+                ids_of.append(self.engine.add_request(*request))
+            outputs = {output.request_id: output for output in self._run(ids_of, progress)}
+        except BaseException:
+            for request_id in ids_of:
+                self.engine.abort(request_id)
+            self.engine.collect(ids_of)
+            raise
         for prompt, request_id in zip(listed, ids_of, strict=True):
             outputs[request_id].prompt = prompt if isinstance(prompt, str) else None
         return [outputs[request_id] for request_id in ids_of]
@@ -220,19 +228,13 @@ class LLM:
         from tqdm import tqdm
 
         left, done = set(request_ids), []
-        try:
-            with tqdm(total=len(left), unit="request", disable=not progress) as bar:
-                while left:
-                    self.engine.advance()
-                    ended = self.engine.collect(left)
-                    left -= {output.request_id for output in ended}
-                    done += ended
-                    bar.update(len(ended))
-        except BaseException:
-            for request_id in left:
-                self.engine.abort(request_id)
-            self.engine.collect(request_ids)
-            raise
+        with tqdm(total=len(left), unit="request", disable=not progress) as bar:
+            while left:
+                self.engine.advance()
+                ended = self.engine.collect(left)
+                left -= {output.request_id for output in ended}
+                done += ended
+                bar.update(len(ended))
         return done
 
     def _encode(self, prompt: Prompt) -> list[int]:
