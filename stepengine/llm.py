@@ -145,6 +145,7 @@ class LLM:
             raise InvalidRequest(
                 f"prompts is {prompts!r}; it must be a text, a list of token ids, or a list of either."
             )
+        prompts = prompts.tolist() if hasattr(prompts, "tolist") else prompts  # arrays and tensors
         single = isinstance(prompts, str) or _is_ids(prompts)
         listed: list[Prompt] = [prompts] if single else list(prompts)  # type: ignore[list-item, arg-type]
         each = (
@@ -271,6 +272,7 @@ def _is_ids(prompts: object) -> bool:
 
 def _plain_ids(prompt: Any) -> Any:
     """Whole numbers of any kind (numpy's too) as a list of int; what else it may be is left to the engine's check."""
+    prompt = prompt.tolist() if hasattr(prompt, "tolist") else prompt
     if isinstance(prompt, (bytes, Mapping)) or not isinstance(prompt, Iterable):
         return prompt
     return [int(token) if isinstance(token, Integral) and not isinstance(token, bool) else token for token in prompt]

@@ -36,7 +36,7 @@ class StaticScheduler:
                 request.state = State.RUNNING
                 self.running[request.id] = request
         elif self.waiting:
-            blocked = f"the batch of {len(self.running)} must end before another is taken"
+            blocked = f"{len(self.running)} of the batch still run, and another is taken when all have ended"
         chunks: list[Chunk] = []
         budget = self.limits.max_num_batched_tokens
         begun = [request for request in self.running.values() if request.num_outputs]

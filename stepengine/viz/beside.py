@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from stepengine.errors import InvalidSetting
-from stepengine.viz.template import INK, QUIET, dressed
+from stepengine.viz.template import INK, dressed
 
 if TYPE_CHECKING:
     import plotly.graph_objects as go
@@ -12,26 +12,35 @@ if TYPE_CHECKING:
 GAP = 0.09  # of the width, between two figures
 
 
-def side_by_side(title: str, figures: "Sequence[go.Figure]", subtitle: str = "") -> "go.Figure":
-    """One figure that holds `figures`, which must have one x and one y axis each; their titles become headings."""
+def side_by_side(
+    title: str, figures: "Sequence[go.Figure]", headings: Sequence[str], subtitle: str = "", width: int = 800
+) -> "go.Figure":
+    """One figure that holds `figures`, which must have one x and one y axis each, under one heading each.
+
+    A heading takes the place of a figure's own title. Raises InvalidSetting for fewer than two figures, or for
+    another number of headings.
+    """
     import plotly.graph_objects as go
 
     if len(figures) < 2:
         raise InvalidSetting(f"side_by_side got {len(figures)} figures; give at least two, or show the one as it is.")
+    if len(headings) != len(figures):
+        raise InvalidSetting(
+            f"side_by_side got {len(headings)} headings for {len(figures)} figures; give one for each."
+        )
     whole = go.Figure()
     alts = [str((figure.layout.meta or {}).get("alt", "")) for figure in figures]
     top = 116 if subtitle else 96
     height = max(figure.layout.height or 360 for figure in figures) + top - 78
-    width = sum(figure.layout.width or 440 for figure in figures)
     dressed(whole, title, subtitle, " ".join(alts), height, width)
     share = (1 - GAP * (len(figures) - 1)) / len(figures)
-    for place, figure in enumerate(figures):
+    for place, (figure, heading) in enumerate(zip(figures, headings, strict=True)):
         left = place * (share + GAP)
-        _add(whole, figure, str(place + 1) if place else "", (left, left + share))
+        _add(whole, figure, heading, str(place + 1) if place else "", (left, left + share))
     return whole.update_layout(margin={"t": top})
 
 
-def _add(whole: "go.Figure", figure: "go.Figure", number: str, domain: tuple[float, float]) -> None:
+def _add(whole: "go.Figure", figure: "go.Figure", heading: str, number: str, domain: tuple[float, float]) -> None:
     """Copy one figure into the columns `domain` of the whole; its references get the axes' `number`."""
 
     def moved(item: Any) -> dict[str, Any]:
@@ -49,9 +58,7 @@ def _add(whole: "go.Figure", figure: "go.Figure", number: str, domain: tuple[flo
         whole.add_shape(moved(shape))
     for annotation in figure.layout.annotations:
         whole.add_annotation(moved(annotation))
-    heading = figure.layout.title
-    text = f"<b>{heading.text}</b><br><span style='color:{QUIET}'>{heading.subtitle.text or ''}</span>"
     whole.add_annotation(
-        text=text, x=0, y=1, xref=f"x{number} domain", yref=f"y{number} domain", xanchor="left", yanchor="bottom",
-        align="left", showarrow=False, yshift=8, font={"size": 13, "color": INK},
+        text=f"<b>{heading}</b>", x=0, y=1, xref=f"x{number} domain", yref=f"y{number} domain",
+        xanchor="left", yanchor="bottom", align="left", showarrow=False, yshift=8, font={"size": 13, "color": INK},
     )  # fmt: skip
