@@ -12,6 +12,7 @@ import torch
 import stepengine
 from stepengine.core.batch import Staging
 from stepengine.core.engine import Engine
+from stepengine.core.interrupts import interrupts_held
 from stepengine.core.kv_pool import KVPool
 from stepengine.core.request import Request, RequestOutput, SamplingParams
 from stepengine.core.runner import Runner
@@ -141,11 +142,11 @@ class LLM:
         anything is scheduled; `InvalidRequest` names the index. Requests that are already in the engine
         go on beside these. Ctrl-C aborts these prompts and leaves the engine usable.
         """
+        prompts = prompts.tolist() if hasattr(prompts, "tolist") else prompts  # arrays and tensors
         if isinstance(prompts, (bytes, Mapping)) or not isinstance(prompts, Iterable):
             raise InvalidRequest(
                 f"prompts is {prompts!r}; it must be a text, a list of token ids, or a list of either."
             )
-        prompts = prompts.tolist() if hasattr(prompts, "tolist") else prompts  # arrays and tensors
         single = isinstance(prompts, str) or _is_ids(prompts)
         listed: list[Prompt] = [prompts] if single else list(prompts)  # type: ignore[list-item, arg-type]
         each = (
@@ -163,7 +164,8 @@ class LLM:
         ids_of: list[int] = []
         try:
             for request in zip(encoded, each, order, strict=True):
-                ids_of.append(self.engine.add_request(*request))
+                with interrupts_held():  # an id that is queued is an id that is known
+                    ids_of.append(self.engine.add_request(*request))
             outputs = {output.request_id: output for output in self._run(ids_of, progress)}
         except BaseException:
             for request_id in ids_of:

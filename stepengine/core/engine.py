@@ -1,13 +1,12 @@
 """The engine: plan, run, update, once per step, and nothing that a stage would change."""
 
-import signal
-import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from types import FrameType
+from dataclasses import dataclass
 from typing import Any, Protocol
 
+from stepengine.core.interrupts import interrupts_held
 from stepengine.core.plan import RequestInfo, StepPlan, StepRecord
 from stepengine.core.request import CompletionOutput, Request, RequestOutput, SamplingParams, State
 from stepengine.core.runner import Runner, StepResult
@@ -25,20 +24,14 @@ class Recorder(Protocol):
     def append(self, record: StepRecord) -> None: ...
 
 
-@contextmanager
-def _interrupts_held() -> Iterator[None]:
-    """Let Ctrl-C wait until the block ends, so that bookkeeping is never cut in half."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    caught: list[tuple[int, FrameType | None]] = []
-    before = signal.signal(signal.SIGINT, lambda number, frame: caught.append((number, frame)))
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGINT, before)
-    if caught and callable(before):
-        before(*caught[0])
+@dataclass
+class _Step:
+    """A step in the making; times are on the engine's clock."""
+
+    began: float
+    running: float
+    plan: StepPlan | None = None
+    booked: bool = False
 
 
 class Engine:
@@ -126,35 +119,36 @@ class Engine:
         self.check(prompt_ids, params, priority)
         group, now = self._next_id, self.clock()
         seed = self._seed + group if params.seed is None else params.seed
-        self._next_id += params.n
-        self._groups[group] = []
-        for sample in range(params.n):
-            request = Request(
-                id=group + sample,
-                prompt_ids=list(prompt_ids),
-                params=params,
-                max_len=min(len(prompt_ids) + params.max_tokens, self.limits.max_model_len),
-                stop_ids=frozenset(params.stop_token_ids) | (frozenset() if params.ignore_eos else self._eos),
-                priority=priority,
-                group=group,
-                sample=sample,
-                noise_key=noise_key(seed, sample),
-                t_arrived=now,
-            )
-            if self.tokenizer is not None:
-                request.text = Detokenizer(self.tokenizer, request.prompt_ids, params.stop)
-            self.requests[request.id] = request
-            self._groups[group].append(request)
-            if self.recorder is not None:
-                self.recorder.add_request(
-                    RequestInfo(request.id, tuple(prompt_ids), params.max_tokens, priority, group, sample, now)
+        with interrupts_held():
+            self._next_id += params.n
+            self._groups[group] = []
+            for sample in range(params.n):
+                request = Request(
+                    id=group + sample,
+                    prompt_ids=list(prompt_ids),
+                    params=params,
+                    max_len=min(len(prompt_ids) + params.max_tokens, self.limits.max_model_len),
+                    stop_ids=frozenset(params.stop_token_ids) | (frozenset() if params.ignore_eos else self._eos),
+                    priority=priority,
+                    group=group,
+                    sample=sample,
+                    noise_key=noise_key(seed, sample),
+                    t_arrived=now,
                 )
-            self.scheduler.add(request)
+                if self.tokenizer is not None:
+                    request.text = Detokenizer(self.tokenizer, request.prompt_ids, params.stop)
+                self.requests[request.id] = request
+                self._groups[group].append(request)
+                if self.recorder is not None:
+                    self.recorder.add_request(
+                        RequestInfo(request.id, tuple(prompt_ids), params.max_tokens, priority, group, sample, now)
+                    )
+                self.scheduler.add(request)
         return group
 
     def abort(self, request_id: int) -> None:
         """End a request and all its samples, whatever its state; an unknown id is harmless."""
-        with _interrupts_held():
+        with interrupts_held():
             for request in self._groups.get(request_id, []):
                 if request.state is not State.FINISHED:
                     self.scheduler.finish(request.id, "abort")
@@ -162,7 +156,7 @@ class Engine:
                     self._ended(request)
             if self._aborted and self.scheduler.idle():
                 now = self.clock()
-                self._record(self.scheduler.plan(), [], [], now, now)
+                self._record(_Step(now, now), self.scheduler.plan(), [], [])
 
     def has_unfinished(self) -> bool:
         """True while a request waits or runs."""
@@ -176,76 +170,80 @@ class Engine:
         return self.collect()
 
     def advance(self) -> None:
-        """Run one step and keep what ended for `collect`. Does nothing when no request is there."""
+        """Run one step and keep what ended for `collect`; without a request, do nothing."""
         if self.scheduler.idle():
             return
-        began = running = self.clock()
-        plan: StepPlan | None = None
-        try:
-            with _interrupts_held():
-                plan = self.scheduler.plan()
-            if not plan.chunks:
-                raise NoProgress(
-                    f"Step {plan.step} could run nothing: {plan.blocked or 'the scheduler planned no tokens'}. Abort "
-                    f"a request, or give the engine more room."
-                )
-            running = self.clock()
+        with self._all_or_nothing() as step:
+            plan = self._plan(step)
             result = self.runner.run(plan, self.requests)
-            with _interrupts_held():
-                self._update(plan, result, began, running)
-                plan = None  # booked: an interrupt that was held back must not undo it
+            self._update(step, plan, result)
+
+    @contextmanager
+    def _all_or_nothing(self) -> Iterator[_Step]:
+        """A step that fails or is interrupted leaves its requests as they were; blocks stay with their owners."""
+        began = self.clock()
+        step = _Step(began, began)
+        try:
+            yield step
         except BaseException:
-            if plan is not None:
-                with _interrupts_held():
-                    self._undo(plan, began, running)
+            if step.plan is not None and not step.booked:
+                with interrupts_held():
+                    for chunk in step.plan.chunks:
+                        request = self.requests[chunk.request]
+                        if request.accepts(chunk):
+                            request.scheduled = request.computed
+                    self._record(step, step.plan, [-1] * len(step.plan.chunks), [])
             raise
 
-    def _update(self, plan: StepPlan, result: StepResult, began: float, running: float) -> None:
-        live = [self.requests[chunk.request] for chunk in plan.chunks]
-        accepted = [request.accepts(chunk) for request, chunk in zip(live, plan.chunks, strict=True)]
-        reserved = self.limits.block_size * sum(len(request.blocks) for request in live)
-        if reserved:
-            self._kv_tokens[0] += sum(chunk.end for chunk in plan.chunks)
-            self._kv_tokens[1] += reserved
-        finished = self.scheduler.update(plan, result.token_ids)
-        now = self.clock()
-        counters = self.counters
+    def _plan(self, step: _Step) -> StepPlan:
+        with interrupts_held():
+            plan = step.plan = self.scheduler.plan()
+        if not plan.chunks:
+            raise NoProgress(
+                f"Step {plan.step} could run nothing: {plan.blocked or 'the scheduler planned no tokens'}. Abort a "
+                f"request, or give the engine more room."
+            )
+        step.running = self.clock()
+        return plan
+
+    def _update(self, step: _Step, plan: StepPlan, result: StepResult) -> None:
+        with interrupts_held():
+            live = [self.requests[chunk.request] for chunk in plan.chunks]
+            accepted = [request.accepts(chunk) for request, chunk in zip(live, plan.chunks, strict=True)]
+            reserved = self.limits.block_size * sum(len(request.blocks) for request in live)
+            finished = self.scheduler.update(plan, result.token_ids)
+            step.booked = True  # an interrupt that was held back must not undo it
+            self._count(plan, result, [r if ok else None for r, ok in zip(live, accepted, strict=True)], reserved)
+            self._record(step, plan, result.token_ids, finished)
+            for request in [self.requests[request_id] for request_id, _ in finished]:
+                self._ended(request)
+
+    def _count(self, plan: StepPlan, result: StepResult, rows: list[Request | None], reserved: int) -> None:
+        """Counters, first-token times and log probabilities; `rows` has None where a result came too late."""
+        now, counters = self.clock(), self.counters
         counters["steps"] += 1
         counters["tokens_computed"] += plan.num_tokens
         counters["preemptions"] += len(plan.preempted)
-        for row, (request, chunk) in enumerate(zip(live, plan.chunks, strict=True)):
-            counters["prefix_hit_tokens"] += chunk.cached
-            if result.token_ids[row] < 0 or not accepted[row]:
+        counters["prefix_hit_tokens"] += sum(chunk.cached for chunk in plan.chunks)
+        if reserved:
+            self._kv_tokens[0] += sum(chunk.end for chunk in plan.chunks)
+            self._kv_tokens[1] += reserved
+        for row, (request, token) in enumerate(zip(rows, result.token_ids, strict=True)):
+            if request is None or token < 0:
                 continue
             counters["tokens_generated"] += 1
             if request.t_first is None:
                 request.t_first = now
                 self.ttft_ms.append(1e3 * (now - request.t_arrived))
             if row in result.logprobs:
-                entry = result.logprobs[row]
-                request.logprobs.append(entry)
-                request.cumulative_logprob += entry[result.token_ids[row]].logprob
-        self._record(plan, result.token_ids, finished, began, running)
-        for request in [self.requests[request_id] for request_id, _ in finished]:
-            self._ended(request)
+                request.logprobs.append(result.logprobs[row])
+                request.cumulative_logprob += result.logprobs[row][token].logprob
 
-    def _undo(self, plan: StepPlan, began: float, running: float) -> None:
-        """A step that failed leaves its requests as they were before it; blocks stay with their owners."""
-        for chunk in plan.chunks:
-            request = self.requests[chunk.request]
-            if request.accepts(chunk):
-                request.scheduled = request.computed
-        self._record(plan, [-1] * len(plan.chunks), [], began, running)
-
-    def _record(
-        self, plan: StepPlan, token_ids: list[int], finished: list[tuple[int, str]], began: float, running: float
-    ) -> None:
+    def _record(self, step: _Step, plan: StepPlan, token_ids: list[int], finished: list[tuple[int, str]]) -> None:
         aborted, self._aborted = tuple(self._aborted), []
         if self.recorder is not None:
-            record = StepRecord(
-                plan, tuple(token_ids), tuple(finished), aborted, t_plan=began, t_run=running, t_done=self.clock()
-            )
-            self.recorder.append(record)
+            sampled, ended = tuple(token_ids), tuple(finished)
+            self.recorder.append(StepRecord(plan, sampled, ended, aborted, (), step.began, step.running, self.clock()))
 
     # -- outputs ----------------------------------------------------------------------------------
 

@@ -44,7 +44,7 @@ def _add(whole: "go.Figure", figure: "go.Figure", heading: str, number: str, dom
     """Copy one figure into the columns `domain` of the whole; its references get the axes' `number`."""
 
     def moved(item: Any) -> dict[str, Any]:
-        refs = {f"{axis}ref": f"{axis}{number}" + ("" if item[f"{axis}ref"] == axis else " domain") for axis in "xy"}
+        refs = {f"{axis}ref": f"{axis}{number}" + (" domain" if item[f"{axis}ref"] == "paper" else "") for axis in "xy"}
         return item.to_plotly_json() | refs
 
     for trace in figure.data:
