@@ -166,6 +166,7 @@ class LLM:
             for request in zip(encoded, each, order, strict=True):
                 with interrupts_held():  # an id that is queued is an id that is known
                     ids_of.append(self.engine.add_request(*request))
+                    self.engine.claimed.add(ids_of[-1])
             outputs = {output.request_id: output for output in self._run(ids_of, progress)}
         except BaseException:
             for request_id in ids_of:
@@ -207,6 +208,7 @@ class LLM:
 
     def _stream(self, ids: list[int], params: SamplingParams, prompt: str | None) -> Iterator[RequestOutput]:
         request_id = self.engine.add_request(ids, params)
+        self.engine.claimed.add(request_id)
         told = [(0, 0)] * params.n  # characters and tokens handed out, per sample
         finished = False
         try:

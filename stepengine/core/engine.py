@@ -72,6 +72,7 @@ class Engine:
         self._next_id = 0
         self._groups: dict[int, list[Request]] = {}
         self._outbox: dict[int, RequestOutput] = {}
+        self.claimed: set[int] = set()  # ids whose outputs `step` leaves to whoever collects them by id
         self._aborted: list[tuple[int, str]] = []  # since the last record
 
     # -- requests ---------------------------------------------------------------------------------
@@ -118,7 +119,7 @@ class Engine:
         params = SamplingParams() if params is None else params
         self.check(prompt_ids, params, priority)
         group, now = self._next_id, self.clock()
-        seed = self._seed + group if params.seed is None else params.seed
+        seed = noise_key(self._seed, group) if params.seed is None else params.seed
         with interrupts_held():
             self._next_id += params.n
             self._groups[group] = []
@@ -279,8 +280,11 @@ class Engine:
         )
 
     def collect(self, request_ids: Iterable[int] | None = None) -> list[RequestOutput]:
-        """Hand out ended outputs, each once: all of them, or those of `request_ids` that have ended."""
-        ids = list(self._outbox) if request_ids is None else [i for i in request_ids if i in self._outbox]
+        """Hand out ended outputs, each once: all that nobody claimed, or those of `request_ids` that have ended."""
+        if request_ids is None:
+            request_ids = [request_id for request_id in self._outbox if request_id not in self.claimed]
+        ids = [request_id for request_id in request_ids if request_id in self._outbox]
+        self.claimed.difference_update(ids)
         return [self._outbox.pop(request_id) for request_id in ids]
 
     def stats(self) -> dict[str, Any]:

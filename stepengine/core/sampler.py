@@ -13,9 +13,9 @@ _WRAP = 0xFFFFFFFF
 
 def noise_key(seed: int, sample: int) -> int:
     """A signed 32-bit key for sample `sample` of `seed` (host integers of any size)."""
-    state = (seed ^ (seed >> 32)) & _WRAP
-    for word in (sample + 1, 0x9E3779B9):
-        state = _mix((state ^ (word * 0x85EBCA6B)) & _WRAP)
+    state = 0x9E3779B9
+    for word in (seed & _WRAP, (seed >> 32) & _WRAP, sample):
+        state = _mix(((state ^ word) * 0x85EBCA6B + 1) & _WRAP)
     return state - (1 << 32) if state >= 1 << 31 else state
 
 

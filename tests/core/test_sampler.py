@@ -14,7 +14,9 @@ from stepengine.core.request import Request, SamplingParams, State
 from stepengine.core.sampler import gumbel, noise_key, penalise, sample
 
 VOCAB = 12
-LOGITS = np.array([2.0, 1.4, 1.1, 0.9, 0.2, 0.0, -0.3, -0.8, -1.0, -1.9, -2.5, -6.0])[[7, 3, 0, 10, 5, 2, 11, 1, 8, 6, 4, 9]]
+LOGITS = np.array([2.0, 1.4, 1.1, 0.9, 0.2, 0.0, -0.3, -0.8, -1.0, -1.9, -2.5, -6.0])[
+    [7, 3, 0, 10, 5, 2, 11, 1, 8, 6, 4, 9]
+]
 ROWS, REPEATS = 10_000, 12
 
 

@@ -148,7 +148,11 @@ def state_of(source: str) -> list[str]:
 
 
 def test_no_module_holds_state():
-    assert state_of("seen = []\nA = {}\n_B: dict = {}\nx: dict = dict()\ndef f():\n    global y\n") == ["y", "seen", "x"]
+    assert state_of("seen = []\nA = {}\n_B: dict = {}\nx: dict = dict()\ndef f():\n    global y\n") == [
+        "y",
+        "seen",
+        "x",
+    ]
     assert {str(path): names for path in FILES if (names := state_of(path.read_text(encoding="utf-8")))} == {}
 
 
@@ -157,7 +161,19 @@ def changed_by_functions(source: str) -> list[str]:
     tree = ast.parse(source)
     names = {t.id for n in tree.body if isinstance(n, ast.Assign) for t in n.targets if isinstance(t, ast.Name)}
     names |= {n.target.id for n in tree.body if isinstance(n, ast.AnnAssign) and isinstance(n.target, ast.Name)}
-    verbs = {"append", "extend", "add", "update", "pop", "clear", "setdefault", "insert", "remove", "discard", "popitem"}
+    verbs = {
+        "append",
+        "extend",
+        "add",
+        "update",
+        "pop",
+        "clear",
+        "setdefault",
+        "insert",
+        "remove",
+        "discard",
+        "popitem",
+    }
     found = []
     for node in ast.walk(tree):
         if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr in verbs:
@@ -177,7 +193,9 @@ def test_constants_stay_constant():
 HEAVY = ("plotly", "ipywidgets", "anywidget", "typer", "rich", "gguf", "IPython", "triton")
 
 
-@pytest.mark.parametrize("module", ["stepengine", "stepengine.core.engine", "stepengine.llm", "stepengine.stage1_kvcache.engine"])
+@pytest.mark.parametrize(
+    "module", ["stepengine", "stepengine.core.engine", "stepengine.llm", "stepengine.stage1_kvcache.engine"]
+)
 def test_importing_the_engine_pulls_in_nothing_optional(module: str):
     script = f"import {module}, sys; print(*[name for name in {HEAVY!r} if name in sys.modules])"
     environment = {**os.environ, "PYTHONPATH": str(PACKAGE.parent)}
@@ -189,4 +207,7 @@ def test_importing_the_engine_pulls_in_nothing_optional(module: str):
 def test_importing_the_package_alone_does_not_load_torch():
     script = "import stepengine, sys; print('torch' in sys.modules)"
     environment = {**os.environ, "PYTHONPATH": str(PACKAGE.parent)}
-    assert subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, env=environment).stdout == "False\n"
+    assert (
+        subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, env=environment).stdout
+        == "False\n"
+    )

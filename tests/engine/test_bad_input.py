@@ -188,7 +188,10 @@ SETTINGS: dict[str, tuple[dict[str, Any], list[str]]] = {
     "max_num_seqs float": ({"max_num_seqs": 2.0}, ["max_num_seqs", "2.0"]),
     "max_num_seqs too many": ({"max_num_seqs": 10**9}, ["max_num_seqs", str(10**9)]),
     "max_num_seqs too many, stage 0": ({"max_num_seqs": 10**9, "stage": "0"}, ["max_num_seqs", str(10**9)]),
-    "slots beyond the budget": ({"max_num_seqs": 9, "kv_cache_memory": 2**17}, ["9", "max_num_seqs", "kv_cache_memory"]),
+    "slots beyond the budget": (
+        {"max_num_seqs": 9, "kv_cache_memory": 2**17},
+        ["9", "max_num_seqs", "kv_cache_memory"],
+    ),
     "no slot fits": ({"max_num_seqs": None, "kv_cache_memory": 100}, ["max_model_len", "kv_cache_memory"]),
     "max_model_len negative": ({"max_model_len": -5}, ["max_model_len", "-5"]),
     "max_model_len beyond the model": ({"max_model_len": 5000}, ["5000", "4096", "lower"]),
@@ -198,7 +201,10 @@ SETTINGS: dict[str, tuple[dict[str, Any], list[str]]] = {
     "device": ({"device": "tpu"}, ["tpu", "cuda"]),
     "device None": ({"device": None}, ["None", "cuda"]),
     "seed": ({"seed": "x"}, ["seed", "'x'"]),
-    "cache that stores, without storage": ({"stage": "0", "cache": SlotCache, "attention": SlotAttention}, ["stage 1a"]),
+    "cache that stores, without storage": (
+        {"stage": "0", "cache": SlotCache, "attention": SlotAttention},
+        ["stage 1a"],
+    ),
 }
 
 

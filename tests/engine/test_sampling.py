@@ -36,7 +36,9 @@ def noise(key: int, position: int, token: int) -> float:
     return -math.log(-math.log((bits // 512 + 0.5) / 2**23))
 
 
-def scores(line: Sequence[float], params: SamplingParams, key: int, prompt: list[int], outputs: list[int]) -> list[float]:
+def scores(
+    line: Sequence[float], params: SamplingParams, key: int, prompt: list[int], outputs: list[int]
+) -> list[float]:
     """What each token of one row is ranked by, in plain Python: penalties, temperature, the three cuts, noise."""
     values = []
     for token, value in enumerate(line):
@@ -107,7 +109,9 @@ def test_sample_i_of_n_is_its_own_draw(
 ):
     llm = tiny(max_num_seqs=3, **combination)
     params = SamplingParams(n=5, seed=11, max_tokens=6, ignore_eos=True, logprobs=0)
-    five, one, other = llm.generate([[5, 6, 7], [5, 6, 7], [5, 6, 7]], [params, params.replace(n=1), params.replace(n=2)])
+    five, one, other = llm.generate(
+        [[5, 6, 7], [5, 6, 7], [5, 6, 7]], [params, params.replace(n=1), params.replace(n=2)]
+    )
     samples = [sample.token_ids for sample in five.outputs]
     assert [sample.index for sample in five.outputs] == [0, 1, 2, 3, 4]
     assert len({tuple(tokens) for tokens in samples}) == 5

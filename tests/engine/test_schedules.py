@@ -94,9 +94,7 @@ def play(llm: LLM, schedule: list[Ask]) -> tuple[dict[int, Any], dict[int, int]]
     return outputs, numbers
 
 
-@settings(
-    max_examples=30, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture]
-)
+@settings(max_examples=30, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     schedule=st.lists(asks, min_size=1, max_size=8),
     max_num_seqs=st.integers(1, 4),

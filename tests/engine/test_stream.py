@@ -103,3 +103,16 @@ def test_chat_goes_through_the_template(texts: Callable[..., LLM]):
     ids = llm.tokenizer.apply_chat_template(talk, tokenize=True, add_generation_prompt=True, return_dict=False)
     assert llm.chat(talk, params)[0].prompt_token_ids == ids
     assert len(llm.chat([talk, talk], params)) == 2
+
+
+def test_a_step_between_two_pieces_leaves_the_stream_its_output(tiny):
+    llm = tiny()
+    params = SamplingParams(max_tokens=4, temperature=0.0, ignore_eos=True)
+    other = llm.engine.add_request([9, 8, 7], params)
+    tokens, handed_out = [], []
+    for piece in llm.stream([5, 6, 7], params):
+        tokens += piece.outputs[0].token_ids
+        handed_out += llm.engine.step()
+    assert len(tokens) == 4
+    handed_out += llm.engine.collect()
+    assert [output.request_id for output in handed_out] == [other]

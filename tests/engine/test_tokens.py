@@ -17,11 +17,19 @@ LLAMA3 = {
     "original_max_position_embeddings": 32,
 }
 SHAPES: dict[str, tuple[str, dict[str, Any]]] = {
-    "llama, 3 heads of 16": ("llama", dict(num_attention_heads=3, num_key_value_heads=3, hidden_size=48, vocab_size=307)),
+    "llama, 3 heads of 16": (
+        "llama",
+        dict(num_attention_heads=3, num_key_value_heads=3, hidden_size=48, vocab_size=307),
+    ),
     "llama, 8 queries a K/V head, llama3": (
         "llama",
         dict(
-            num_attention_heads=8, num_key_value_heads=1, head_dim=34, hidden_size=72, vocab_size=1009, rope_scaling=LLAMA3
+            num_attention_heads=8,
+            num_key_value_heads=1,
+            head_dim=34,
+            hidden_size=72,
+            vocab_size=1009,
+            rope_scaling=LLAMA3,
         ),
     ),
     "mistral, 6 on 2 heads of 64": (

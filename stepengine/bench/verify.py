@@ -1,0 +1,51 @@
+"""Are two runs' tokens the same, and where they are not, was it a near tie?"""
+
+from typing import NamedTuple
+
+import torch
+
+from stepengine.bench.runs import Run
+from stepengine.core.plan import Chunk
+from stepengine.core.request import Request, SamplingParams
+from stepengine.llm import LLM
+
+NEAR = 1e-4  # logits closer than this are rounding: either token is right
+
+
+class Differences(NamedTuple):
+    """Requests whose tokens differ: `near` where the reference holds every one of them for as good as its own."""
+
+    near: int
+    wrong: int
+
+
+def differences(reference: LLM, expected: Run, found: Run) -> Differences:
+    """Compare greedy tokens request by request.
+
+    After a near tie two sequences are different texts, so a differing one is judged whole: the
+    `reference` engine, given its tokens, must find none of them more than 1e-4 below its best logit.
+    """
+    near = wrong = 0
+    each = zip(found.workload.prompts, expected.token_ids, found.token_ids, strict=True)
+    for prompt, right, tokens in each:
+        if tokens == right:
+            continue
+        fits = len(tokens) == len(right) and float(shortfall(reference, list(prompt), tokens).max()) <= NEAR
+        near, wrong = near + fits, wrong + (not fits)
+    return Differences(near, wrong)
+
+
+@torch.inference_mode()
+def shortfall(llm: LLM, prompt: list[int], tokens: list[int]) -> torch.Tensor:
+    """How far each of `tokens` [N] lies below the best logit after `prompt` and the tokens before it: [N], >= 0.
+
+    `llm` must be an engine without a cache (stage 0): the sequence runs as one chunk beside its requests.
+    """
+    whole = prompt + tokens[:-1]
+    request = Request(-1, whole, SamplingParams(temperature=0.0), max_len=len(whole) + 1)
+    runner = llm.engine.runner
+    batch = runner.staging.fill([Chunk(-1, 0, len(whole))], {-1: request})
+    hidden = runner.model(batch, runner.attention)[len(prompt) - 1 :]  # [N, hidden]
+    logits = runner.model.logits(hidden).float()
+    chosen = logits.gather(1, torch.tensor(tokens, device=logits.device)[:, None])[:, 0]
+    return (logits.max(-1).values - chosen).cpu()

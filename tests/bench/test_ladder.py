@@ -1,0 +1,101 @@
+"""The ladder end to end on a tiny random model."""
+
+import json
+from copy import deepcopy
+
+import numpy as np
+import pytest
+import torch
+
+from stepengine.bench import ladder, report, runs, verify
+from stepengine.bench.workloads import Workload
+from stepengine.stages import STAGES
+
+
+@pytest.fixture(scope="module")
+def climbed(checkpoint, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("ladder")
+    return ladder.run(str(checkpoint()), fast=True, out=folder, progress=False), folder
+
+
+def test_the_file_holds_the_result(climbed) -> None:
+    result, folder = climbed
+    assert json.loads((folder / "ladder.json").read_text(encoding="utf-8")) == result
+    assert {"model", "dtype", "fast", "workload", "machine", "versions", "time", "seconds", "stages"} <= result.keys()
+
+
+def test_every_stage_has_every_field(climbed) -> None:
+    result, _ = climbed
+    assert [row["stage"] for row in result["stages"]] == [stage.name for stage in STAGES]
+    for row in result["stages"]:
+        assert row["tokens_per_s"] > 0
+        for name in ("ttft_ms", "itl_ms"):
+            assert 0 < row[name]["p50"] <= row[name]["p99"]
+        assert row["same_tokens"] is True
+    for row in result["stages"][1:]:
+        assert {"name", "unit", "before", "after", "better", "note"} <= row["metric"].keys()
+
+
+def test_metrics_equal_their_formulas(climbed) -> None:
+    result, _ = climbed
+    rows = {row["stage"]: row for row in result["stages"]}
+    ids = ladder.workloads.corpus(None, 499)
+    common, uneven = ladder.common_set(ids, True), ladder.uneven_set(ids, True)
+    assert common.recomputed_tokens < 12_000
+    cached = sum(len(prompt) + n - 1 for prompt, n in zip(common.prompts, common.output_lens, strict=True))
+    assert (rows["1a"]["metric"]["before"], rows["1a"]["metric"]["after"]) == (common.recomputed_tokens, cached)
+    batches = [uneven.output_lens[at : at + ladder.SLOTS] for at in range(0, 12, ladder.SLOTS)]
+    idle = sum(max(batch) - n for batch in batches for n in batch)
+    assert (rows["1b"]["metric"]["before"], rows["1b"]["metric"]["after"]) == (idle, 0)
+
+
+@pytest.mark.parametrize("fast", [True, False])
+def test_no_set_is_longer_than_the_engines_have_room_for(fast: bool) -> None:
+    ids = np.arange(1000)
+    sets = [ladder.common_set(ids, fast)] + [m.own_set(ids, fast) for m in ladder.METRICS.values() if m.own_set]
+    assert all(work.longest <= ladder.MAX_MODEL_LEN for work in sets)
+
+
+def test_table_and_page(climbed) -> None:
+    result, folder = climbed
+    printed = report.table(result)
+    assert max(map(len, printed.splitlines())) <= 100
+    assert "tokens computed" in printed and "idle slot-steps" in printed and " yes" in printed
+    page = (folder / "ladder.html").read_text(encoding="utf-8")
+    assert "idle slot-steps" in page and "Plotly.newPlot" in page
+    assert "<script src=" not in page and 'rel="stylesheet"' not in page
+
+
+def test_other_tokens_are_reported(climbed) -> None:
+    result = deepcopy(climbed[0])
+    result["stages"][2]["same_tokens"] = False
+    assert " NO" in report.table(result)
+
+
+def test_a_wrong_token_is_no_near_tie(checkpoint) -> None:
+    llm = runs.build(str(checkpoint()), "0", 2, 32)
+    work = Workload("two", ((5, 6, 7), (8, 9)), (6, 4), 0)
+    right = runs.run(llm, work)
+    assert verify.differences(llm, right, right) == (0, 0)
+    assert verify.shortfall(llm, [5, 6, 7], right.token_ids[0]).abs().max() == 0
+    wrong = deepcopy(right.token_ids)
+    wrong[1][2] = (wrong[1][2] + 1) % 499
+    assert verify.differences(llm, right, runs.Run(work, wrong, right.trace)) == (0, 1)
+    short = [right.token_ids[0][:-1], right.token_ids[1]]
+    assert verify.differences(llm, right, runs.Run(work, short, right.trace)) == (0, 1)
+
+
+@torch.inference_mode()
+def test_an_exact_tie_is_near(checkpoint) -> None:
+    llm = runs.build(str(checkpoint()), "0", 1, 32)
+    work = Workload("one", ((5, 6, 7),), (1,), 0)
+    right = runs.run(llm, work)
+    best = right.token_ids[0][0]
+    twin = (best + 1) % 499
+    llm.engine.runner.model.head.weight[twin] = llm.engine.runner.model.head.weight[best]
+    assert verify.differences(llm, right, runs.Run(work, [[twin]], right.trace)) == (1, 0)
+
+
+def test_a_stage_may_be_left_out(checkpoint, tmp_path) -> None:
+    result = ladder.run(str(checkpoint()), fast=True, out=tmp_path, stages=["1b"], progress=False)
+    assert [row["stage"] for row in result["stages"]] == ["0", "1b"]

@@ -1,0 +1,61 @@
+"""Request sets: the same for the same seed, within their ranges, and their sums right."""
+
+from pydoc_data.topics import topics
+
+import numpy as np
+import pytest
+
+from stepengine.bench import workloads
+from stepengine.bench.workloads import Workload
+from stepengine.errors import InvalidSetting
+
+IDS = np.arange(5000)
+
+
+@pytest.mark.parametrize("make", [workloads.uniform, workloads.exponential, workloads.few_long])
+def test_the_seed_decides(make) -> None:
+    assert make(IDS, 7, 12) == make(IDS, 7, 12)
+    assert make(IDS, 7, 12).prompts != make(IDS, 8, 12).prompts
+
+
+def test_lengths_stay_in_their_ranges() -> None:
+    work = workloads.uniform(IDS, 0, 400, prompt=(5, 9), output=(2, 6))
+    assert {len(prompt) for prompt in work.prompts} == set(range(5, 10))
+    assert set(work.output_lens) == set(range(2, 7))
+    assert all(b == a + 1 for prompt in work.prompts for a, b in zip(prompt, prompt[1:], strict=False)), "not a cut"
+
+
+def test_exponential_lengths_have_their_mean_and_are_cut() -> None:
+    work = workloads.exponential(IDS, 0, 4000, mean=30, most=10_000)
+    # rounding up an exponential gives a geometric distribution, whose mean is 1 / (1 - exp(-1 / mean))
+    assert np.mean(work.output_lens) == pytest.approx(1 / (1 - np.exp(-1 / 30)), rel=0.05)
+    assert max(workloads.exponential(IDS, 0, 400, mean=30, most=40).output_lens) == 40
+    assert min(work.output_lens) >= 1
+
+
+def test_recomputed_tokens_is_the_sum_over_steps() -> None:
+    work = workloads.uniform(IDS, 3, 9, prompt=(1, 20), output=(1, 15))
+    by_steps = sum(
+        len(prompt) + done for prompt, n in zip(work.prompts, work.output_lens, strict=True) for done in range(n)
+    )
+    assert work.recomputed_tokens == by_steps
+
+
+def test_text_is_the_interpreters_own(smollm2_tokenizer) -> None:
+    ids = workloads.corpus(smollm2_tokenizer, len(smollm2_tokenizer))
+    assert len(ids) > 20_000
+    text = smollm2_tokenizer.decode(ids[:200].tolist())
+    assert len(text) > 400 and topics[min(topics)].startswith(text)
+
+
+def test_random_ids_without_a_tokenizer() -> None:
+    ids = workloads.corpus(None, 499)
+    assert ids.min() >= 0 and ids.max() < 499
+    assert (ids == workloads.corpus(None, 499)).all()
+
+
+def test_bad_sets_are_refused_with_numbers() -> None:
+    with pytest.raises(InvalidSetting, match="2 prompts and 1 output"):
+        Workload("x", ((1,), (2,)), (3,), 0)
+    with pytest.raises(InvalidSetting, match="6000..6000"):
+        workloads.uniform(IDS, 0, 2, prompt=(6000, 6000))
