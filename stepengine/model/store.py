@@ -9,7 +9,7 @@ import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
-from filelock import FileLock
+from filelock import FileLock  # comes with torch, which requires it
 
 from stepengine.errors import ModelError
 

@@ -9,7 +9,7 @@ from stepengine.viz.template import INK, dressed
 if TYPE_CHECKING:
     import plotly.graph_objects as go
 
-GAP = 0.09  # of the width, between two figures
+GAP = 0.17  # of the width, between two figures: room for a label on the left one and the axis of the right one
 
 
 def side_by_side(
@@ -37,7 +37,7 @@ def side_by_side(
     for place, (figure, heading) in enumerate(zip(figures, headings, strict=True)):
         left = place * (share + GAP)
         _add(whole, figure, heading, str(place + 1) if place else "", (left, left + share))
-    return whole.update_layout(margin={"t": top})
+    return whole.update_layout(margin={"t": top, "r": max(figure.layout.margin.r or 0 for figure in figures) + 8})
 
 
 def _add(whole: "go.Figure", figure: "go.Figure", heading: str, number: str, domain: tuple[float, float]) -> None:
