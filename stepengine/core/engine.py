@@ -25,7 +25,7 @@ class Recorder(Protocol):
 
 
 @dataclass
-class _Step:
+class Step:
     """A step in the making; times are on the engine's clock."""
 
     began: float
@@ -157,7 +157,7 @@ class Engine:
                     self._ended(request)
             if self._aborted and self.scheduler.idle():
                 now = self.clock()
-                self._record(_Step(now, now), self.scheduler.plan(), [], [])
+                self._record(Step(now, now), self.scheduler.plan(), [], [])
 
     def has_unfinished(self) -> bool:
         """True while a request waits or runs."""
@@ -173,17 +173,26 @@ class Engine:
     def advance(self) -> None:
         """Run one step and keep what ended for `collect`; without a request, do nothing."""
         if self.scheduler.idle():
+            self._check_nobody_forgotten()
             return
         with self._all_or_nothing() as step:
             plan = self._plan(step)
             result = self.runner.run(plan, self.requests)
             self._update(step, plan, result)
 
+    def _check_nobody_forgotten(self) -> None:
+        lost = [request.id for request in self.requests.values() if request.state is not State.FINISHED]
+        if lost:
+            raise NoProgress(
+                f"The scheduler says that it is idle, but requests {lost} have not ended; it must keep every request "
+                f"until it ends."
+            )
+
     @contextmanager
-    def _all_or_nothing(self) -> Iterator[_Step]:
+    def _all_or_nothing(self) -> Iterator[Step]:
         """A step that fails or is interrupted leaves its requests as they were; blocks stay with their owners."""
         began = self.clock()
-        step = _Step(began, began)
+        step = Step(began, began)
         try:
             yield step
         except BaseException:
@@ -196,7 +205,7 @@ class Engine:
                     self._record(step, step.plan, [-1] * len(step.plan.chunks), [])
             raise
 
-    def _plan(self, step: _Step) -> StepPlan:
+    def _plan(self, step: Step) -> StepPlan:
         with interrupts_held():
             plan = step.plan = self.scheduler.plan()
         if not plan.chunks:
@@ -207,7 +216,7 @@ class Engine:
         step.running = self.clock()
         return plan
 
-    def _update(self, step: _Step, plan: StepPlan, result: StepResult) -> None:
+    def _update(self, step: Step, plan: StepPlan, result: StepResult) -> None:
         with interrupts_held():
             live = [self.requests[chunk.request] for chunk in plan.chunks]
             accepted = [request.accepts(chunk) for request, chunk in zip(live, plan.chunks, strict=True)]
@@ -240,7 +249,7 @@ class Engine:
                 request.logprobs.append(result.logprobs[row])
                 request.cumulative_logprob += result.logprobs[row][token].logprob
 
-    def _record(self, step: _Step, plan: StepPlan, token_ids: list[int], finished: list[tuple[int, str]]) -> None:
+    def _record(self, step: Step, plan: StepPlan, token_ids: list[int], finished: list[tuple[int, str]]) -> None:
         aborted, self._aborted = tuple(self._aborted), []
         if self.recorder is not None:
             sampled, ended = tuple(token_ids), tuple(finished)

@@ -351,3 +351,14 @@ def test_every_exception_is_the_projects_own_and_a_usual_one():
     assert issubclass(InvalidRequest, ValueError) and issubclass(InvalidSetting, ValueError)
     assert issubclass(NoProgress, RuntimeError) and issubclass(ModelError, StepEngineError)
     assert re.match(r"temperature is -1", str(pytest.raises(ValueError, SamplingParams, temperature=-1).value))
+
+
+def test_a_scheduler_that_forgets_a_request_is_named(tiny):
+    class Forgets(ContinuousScheduler):
+        def update(self, plan, token_ids):
+            self.running.clear()
+            return []
+
+    llm = tiny(stage="1b", scheduler=Forgets)
+    with pytest.raises(NoProgress, match=r"requests \[0\] have not ended"):
+        llm.generate([[1, 2, 3]], SamplingParams(max_tokens=4))
