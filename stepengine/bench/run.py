@@ -13,6 +13,7 @@ from typing import Any
 from stepengine.bench import runs, workloads
 from stepengine.bench.batching import continuous_steps, expected_max_over_mean, static_steps
 from stepengine.bench.measure import alternate, machine
+from stepengine.core.engine import Step
 from stepengine.core.plan import Chunk, StepPlan
 from stepengine.errors import InvalidSetting
 from stepengine.llm import LLM
@@ -24,7 +25,10 @@ BATCHING = ("1a", "1b")  # the same cache and attention: static and continuous b
 
 @dataclass(frozen=True)
 class Options:
-    """model: name, folder or hub id. seed: of the requests. rounds: measured ones. fast: smaller sets."""
+    """model: name, folder or hub id. seed: of the requests. rounds: measured ones. fast: smaller sets.
+
+    peer_batch: requests in a batch of the peer.
+    """
 
     model: str = "smollm2-135m"
     stage: str = "1b"
@@ -32,25 +36,26 @@ class Options:
     seed: int = 0
     fast: bool = False
     progress: bool = True
+    peer_batch: int = 16
 
 
 def peer_hf(options: Options) -> dict[str, Any]:
     """One stage against `transformers.generate`, one request alone and 32 together; above 1 the stage is faster.
 
-    Only tokens that were asked for count on either side. The stage runs as many requests at once as the
-    peer's batches hold: 16.
+    Only tokens that were asked for count on either side. The stage has room for all 32 at once; the
+    peer takes batches of `peer_batch`.
     """
     from stepengine.bench.peers import Transformers
 
-    peer = Transformers(options.model)
+    peer = Transformers(options.model, options.peer_batch)
     count, prompt, output = (8, (16, 48), (8, 32)) if options.fast else (32, (32, 256), (32, 128))
-    llm = runs.build(options.model, options.stage, peer.batch_size, max(128, prompt[1] + output[1]))
+    llm = runs.build(options.model, options.stage, count, max(128, prompt[1] + output[1]))
     ids = workloads.corpus(llm.tokenizer, llm.config.vocab_size)
     sets = {
         "single": (workloads.uniform(ids, options.seed, 1, (64, 64), (16, 16) if options.fast else (64, 64)), 1.0),
         "batch": (workloads.uniform(ids, options.seed, count, prompt, output), 1.6),
     }
-    result: dict[str, Any] = {"what": "peer hf", "stage": options.stage, "peer": peer.padding, "max_num_seqs": 16}
+    result: dict[str, Any] = {"what": "peer hf", "stage": options.stage, "peer": peer.padding, "max_num_seqs": count}
     for name, (work, bar) in sets.items():
         tokens: dict[str, list[list[int]]] = {}
 
@@ -81,8 +86,8 @@ def static(options: Options) -> dict[str, Any]:
     of a batch] / E[length]; prompts run alone, and larger batches cost more per step, so less is reached.
     """
     slots = 4 if options.fast else 8
-    count = 16 if options.fast else 64
-    most = 64 if options.fast else 128
+    count = 16 if options.fast else 48
+    most = 64 if options.fast else 96
     engines = {name: runs.build(options.model, name, slots, 24 + most) for name in BATCHING}
     llm = engines["1b"]
     ids = workloads.corpus(llm.tokenizer, llm.config.vocab_size)
@@ -148,14 +153,14 @@ def trace(options: Options) -> dict[str, Any]:
     rows, steps = 256, 1000
     llm = LLM("tiny-random", stage=options.stage, max_num_seqs=1, max_model_len=16)
     plan = StepPlan(0, tuple(Chunk(row, 100, 1) for row in range(rows)))
-    token_ids = list(range(rows))
+    token_ids, step = list(range(rows)), Step(0.0, 0.0)
 
     def arm(recorder: Trace | None) -> float:
         engine = llm.engine
         engine.recorder = recorder
         began = time.perf_counter()
         for _ in range(steps):
-            engine._record(plan, token_ids, [], 0.0, 0.0)  # the engine's own call, once a step
+            engine._record(step, plan, token_ids, [])  # the engine's own call, once a step
         return 1e6 * (time.perf_counter() - began) / steps
 
     timed = alternate({"on": lambda: arm(Trace({})), "off": lambda: arm(None)}, options.rounds)
@@ -172,9 +177,12 @@ def main(argv: list[str] | None = None) -> int:
     args = _parser().parse_args(argv)
     if args.peer is None and args.what is None:
         raise InvalidSetting(f"bench needs a question: --peer {'|'.join(PEERS)} or --what {'|'.join(MEASURES)}.")
-    if args.rounds < 1:
-        raise InvalidSetting(f"rounds is {args.rounds}; it must be at least 1.")
-    options = Options(args.model, find_stage(args.stage).name, args.rounds, args.seed, args.fast, not args.json)
+    for name, value in (("rounds", args.rounds), ("peer-batch", args.peer_batch)):
+        if value < 1:
+            raise InvalidSetting(f"{name} is {value}; it must be at least 1.")
+    options = Options(
+        args.model, find_stage(args.stage).name, args.rounds, args.seed, args.fast, not args.json, args.peer_batch
+    )
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     asked = [PEERS[args.peer]] if args.peer else []
     asked += [MEASURES[args.what]] if args.what else []
@@ -196,6 +204,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--stage", default="1b", help="the stage that is measured (default 1b)")
     parser.add_argument("--rounds", type=int, default=5, help="measured rounds (default 5)")
     parser.add_argument("--seed", type=int, default=0, help="of the requests (default 0)")
+    parser.add_argument("--peer-batch", type=int, default=16, help="requests in a batch of the peer (default 16)")
     parser.add_argument("--fast", action="store_true", help="smaller sets")
     parser.add_argument("--check", action="store_true", help="exit with 1 where a bar is missed")
     parser.add_argument("--json", action="store_true", help="print JSON")
@@ -213,7 +222,10 @@ def text(result: dict[str, Any]) -> str:
 
 
 def _text_peer(result: dict[str, Any]) -> str:
-    lines = [f"stage {result['stage']} against transformers.generate ({result['peer']}); fp32, greedy"]
+    lines = [
+        f"stage {result['stage']}, up to {result['max_num_seqs']} requests at once, against transformers.generate, "
+        f"{result['peer']}; fp32, greedy"
+    ]
     for name in ("single", "batch"):
         part = result[name]
         speed, work = part["tokens_per_s"], part["workload"]

@@ -5,8 +5,6 @@ from typing import NamedTuple
 import torch
 
 from stepengine.bench.runs import Run
-from stepengine.core.plan import Chunk
-from stepengine.core.request import Request, SamplingParams
 from stepengine.llm import LLM
 
 NEAR = 1e-4  # logits closer than this are rounding: either token is right
@@ -35,17 +33,8 @@ def differences(reference: LLM, expected: Run, found: Run) -> Differences:
     return Differences(near, wrong)
 
 
-@torch.inference_mode()
 def shortfall(llm: LLM, prompt: list[int], tokens: list[int]) -> torch.Tensor:
-    """How far each of `tokens` [N] lies below the best logit after `prompt` and the tokens before it: [N], >= 0.
-
-    `llm` must be an engine without a cache (stage 0): the sequence runs as one chunk beside its requests.
-    """
-    whole = prompt + tokens[:-1]
-    request = Request(-1, whole, SamplingParams(temperature=0.0), max_len=len(whole) + 1)
-    runner = llm.engine.runner
-    batch = runner.staging.fill([Chunk(-1, 0, len(whole))], {-1: request})
-    hidden = runner.model(batch, runner.attention)[len(prompt) - 1 :]  # [N, hidden]
-    logits = runner.model.logits(hidden).float()
+    """How far each of `tokens` [N] lies below the best logit after `prompt` and the tokens before it: [N], >= 0."""
+    logits = llm.logits(prompt + tokens[:-1])[len(prompt) - 1 :].float()  # [N, vocab]
     chosen = logits.gather(1, torch.tensor(tokens, device=logits.device)[:, None])[:, 0]
     return (logits.max(-1).values - chosen).cpu()

@@ -40,7 +40,9 @@ class SlotAttention:
         rows = self.pool.rows(layer)
         rows.index_copy_(0, key_rows, k.reshape(-1, k.shape[-1]))
         rows.index_copy_(0, value_rows, v.reshape(-1, v.shape[-1]))
-        return self._decode(layer, q, batch) if batch.max_q == 1 else self._chunks(layer, q, batch)
+        # One request alone needs no batch of slots: there its heads are the batch, in fewer calls.
+        many = batch.max_q == 1 and batch.num_rows > 1
+        return self._decode(layer, q, batch) if many else self._chunks(layer, q, batch)
 
     def _chunks(self, layer: int, q: Tensor, batch: Batch) -> Tensor:
         """Chunks of any length, one after another, each over its own slot."""
