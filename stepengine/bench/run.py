@@ -126,10 +126,10 @@ def static(options: Options) -> dict[str, Any]:
 
 
 def context(options: Options) -> dict[str, Any]:
-    """Milliseconds per token of one request at 1024 tokens of context against 128, and of 8 requests beside it."""
+    """Milliseconds per token of one request at 1024 tokens of context against 128, and of 4 requests together."""
     short, long, tokens = 128, 1024, 8 if options.fast else 24
     result: dict[str, Any] = {"what": "context", "stage": options.stage, "bar": 1.5}
-    for rows in (1, 8):
+    for rows in (1, 4):
         llm = runs.build(options.model, options.stage, rows, long + tokens)
         ids = workloads.corpus(llm.tokenizer, llm.config.vocab_size)
 
@@ -253,7 +253,7 @@ def _text_static(result: dict[str, Any]) -> str:
 
 def _text_context(result: dict[str, Any]) -> str:
     lines = [f"time per token at 1024 tokens of context against 128, stage {result['stage']}"]
-    for name in ("1 at once", "8 at once"):
+    for name in ("1 at once", "4 at once"):
         part = result[name]
         times = ", ".join(f"{ms:.1f} ms at {length}" for length, ms in part["ms_per_token"].items())
         lines.append(f"  {name}: {times}: {_ratio(part['ratio'])}")
