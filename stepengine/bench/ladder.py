@@ -141,11 +141,12 @@ class _Climb:
                 "before": median(metric.value(first) for first, _ in pairs),
                 "after": median(metric.value(after) for _, after in pairs),
                 "better": metric.better,
-                "note": f"{len(after.workload.prompts)} requests, outputs {after.workload.name}",
+                "note": f"{len(after.workload.prompts)} requests, outputs {after.workload.name}"
+                + (f"; tokens/s {speed.median:.2f}x" if metric.own_set is not None else ""),
                 "workload": after.workload.describe(),
                 "tokens_per_s": {"before": first.tokens_per_s, "after": after.tokens_per_s, "ratio": vars(speed)},
             },
-            "note": report.why(first, after, speed.median),
+            "note": report.why(before, middle),
         }
 
     def _rounds(self, measure: Callable[[], Any], once: bool = False) -> Iterator[Any]:

@@ -13,8 +13,9 @@ STILL = 1.1  # a gain of tokens/s below this calls for a reason
 WIDTH = 96
 
 
-def why(before: Run, after: Run, ratio: float) -> str:
+def why(before: Run, after: Run) -> str:
     """One line on where the time went if tokens/s did not move, else "". All of it comes from the two runs."""
+    ratio = after.tokens_per_s / before.tokens_per_s
     if ratio >= STILL:
         return ""
     (prompts, decodes), (new_prompts, new_decodes) = before.step_ms, after.step_ms

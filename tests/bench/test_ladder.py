@@ -99,3 +99,22 @@ def test_an_exact_tie_is_near(checkpoint) -> None:
 def test_a_stage_may_be_left_out(checkpoint, tmp_path) -> None:
     result = ladder.run(str(checkpoint()), fast=True, out=tmp_path, stages=["1b"], progress=False)
     assert [row["stage"] for row in result["stages"]] == ["0", "1b"]
+
+
+def test_speed_that_stands_still_is_explained_by_the_steps(checkpoint) -> None:
+    llm = runs.build(str(checkpoint()), "1b", 2, 32)
+    work = Workload("three", ((5, 6, 7), (8, 9), (3,)), (6, 4, 3), 0)
+    done = runs.run(llm, work)
+    prompts, decodes = done.step_ms
+    said = report.why(done, done)
+    assert f"tokens/s 1.00x: {len(decodes)} decode steps" in said and f"became {len(decodes)} of" in said
+    assert said.endswith(f"s in {len(prompts)}.")
+
+
+def test_speed_that_moved_needs_no_reason(checkpoint) -> None:
+    llm = runs.build(str(checkpoint()), "1b", 2, 32)
+    done = runs.run(llm, Workload("one", ((5, 6, 7),), (6,), 0))
+    slow = runs.Run(done.workload, done.token_ids, deepcopy(done.trace))
+    slow.trace.steps[-1] = slow.trace.steps[-1]._replace(t_done=slow.trace.steps[-1].t_done + 10)
+    assert report.why(slow, done) == ""
+    assert report.why(done, slow) != ""
