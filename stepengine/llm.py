@@ -21,24 +21,27 @@ from stepengine.errors import InvalidRequest, InvalidSetting, ModelError, StepEn
 from stepengine.model.catalog import resolve
 from stepengine.model.config import ModelConfig, check_run_length, require_unquantized
 from stepengine.model.loader import load_decoder
+from stepengine.sizing import DEFAULT_SEQS, Sizes, check_count, fit_blocks, fit_host_blocks, fit_slots, measured_blocks
 from stepengine.stage0_naive.attention import RecomputedAttention
 from stepengine.stages import check_settings, find_stage
 from stepengine.trace import Trace
 
 Prompt = str | Sequence[int]
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-DEFAULT_SEQS = 64
 
 
 class LLM:
     """A language model served by one stage of the engine.
 
-    model: catalogue name, local folder or hub id. stage: 0, 1, "1a", "1b" or a folder's name. device:
+    model: catalogue name, local folder or hub id. stage: 0, 1, "1a", "1b", 2 or a folder's name. device:
     "cpu" or "cuda". dtype: "float32", "bfloat16", "float16", or "auto" (fp32 on a CPU, the
     checkpoint's on a GPU). max_model_len (tokens): prompt and output of one request.
     max_num_batched_tokens: prompt tokens in one step. kv_cache_memory (bytes): K/V storage. seed: of
-    requests that bring none. trace: record every step (`llm.trace`). scheduler, cache, attention:
-    the reader's own part in place of the stage's. Raises `InvalidSetting` or `ModelError`.
+    requests that bring none. trace: record every step (`llm.trace`). scheduler, cache, block_pool,
+    attention: the reader's own part in place of the stage's. From stage 2: block_size (tokens),
+    num_blocks (in place of kv_cache_memory), preemption "recompute" or "swap", swap_space (bytes of host
+    memory for swapped blocks), gpu_memory_utilization (of the GPU, for weights, activations and K/V
+    together). Raises `InvalidSetting` or `ModelError`.
     """
 
     def __init__(
@@ -56,14 +59,24 @@ class LLM:
         scheduler: Callable[..., Any] | None = None,
         cache: Callable[..., Any] | None = None,
         attention: Callable[..., Any] | None = None,
+        block_pool: Callable[..., Any] | None = None,
+        block_size: int | None = None,
+        num_blocks: int | None = None,
+        preemption: str | None = None,
+        swap_space: int | None = None,
+        gpu_memory_utilization: float | None = None,
         **later: Any,
     ) -> None:
         self.stage = find_stage(stage)
-        check_settings(self.stage, {"kv_cache_memory": kv_cache_memory, **later}, _names())
-        own = {"scheduler": scheduler, "cache": cache, "attention": attention}
+        sizes = Sizes(max_num_seqs, kv_cache_memory, num_blocks, preemption, swap_space, gpu_memory_utilization)
+        staged = {"block_pool": block_pool, "block_size": block_size, **vars(sizes), "max_num_seqs": None}
+        check_settings(self.stage, {**staged, **later}, _names())
+        own = {"scheduler": scheduler, "cache": cache, "attention": attention, "block_pool": block_pool}
         parts = replace(self.stage.parts, **{name: part for name, part in own.items() if part is not None})
-        for name in ("max_num_seqs", "max_num_batched_tokens", "max_model_len", "kv_cache_memory"):
-            _check_count(name, locals()[name])
+        counts = {"max_num_batched_tokens": max_num_batched_tokens, "max_model_len": max_model_len}
+        for name, value in {**counts, "block_size": block_size}.items():
+            check_count(name, value)
+        sizes.check()
         if not isinstance(seed, int) or isinstance(seed, bool):
             raise InvalidSetting(f"seed is {seed!r}; it must be a whole number.")
         self.device = _device(device)
@@ -86,21 +99,36 @@ class LLM:
                 f"max_num_batched_tokens is {budget}, below max_model_len {max_model_len}; before stage 4 a prompt "
                 f"runs in one piece, so raise it or lower max_model_len."
             )
-        block_size = parts.block_size(max_model_len, None)
+        if block_size is not None and block_size > max_model_len:
+            raise InvalidSetting(
+                f"block_size is {block_size}, above max_model_len {max_model_len}: no request fills one; lower it."
+            )
+        block_size = parts.block_size(max_model_len, block_size)
         block_bytes = block_size * self.config.kv_bytes_per_token(self.dtype)
-        seqs = _fit_slots(max_num_seqs, block_bytes, kv_cache_memory, self.device)
-        limits = Limits(seqs, budget, max_model_len, block_size, seqs if block_size else 0)
-
-        kv_cache = parts.cache(limits)
-        if not block_size and kv_cache.capacity_tokens == 0:
-            raise InvalidSetting(f"This cache stores K/V, and stage {self.stage.name} has no storage; use stage 1a.")
+        table_length = -(-max_model_len // block_size) if block_size else 0
+        num_blocks, host_blocks = None, 0
+        if parts.block_pool is None:
+            seqs = fit_slots(sizes, block_bytes, self.device)
+            num_blocks = seqs if block_size else 0
+        else:
+            seqs = max_num_seqs or DEFAULT_SEQS
+            num_blocks = fit_blocks(sizes, block_bytes, seqs * table_length, self.device)
+            host_blocks = fit_host_blocks(sizes, block_bytes, seqs * table_length)
 
         self.tokenizer = _load_tokenizer(folder)
         decoder = parts.prepare_model(load_decoder(folder, self.device, self.dtype, max_model_len))
-        pool = KVPool(self.config, limits.num_blocks, block_size, self.device, self.dtype)
-        table_length = -(-max_model_len // block_size) if block_size else 0
+        if num_blocks is None:
+            most = seqs * table_length
+            num_blocks = measured_blocks(sizes, block_bytes, most, decoder, self.device, max_model_len, budget, seqs)
+        limits = Limits(seqs, budget, max_model_len, block_size, num_blocks, preemption or "recompute", host_blocks)
+        kv_cache = (
+            parts.cache(limits) if parts.block_pool is None else parts.cache(limits, parts.block_pool(num_blocks))
+        )
+        if not block_size and kv_cache.capacity_tokens == 0:
+            raise InvalidSetting(f"This cache stores K/V, and stage {self.stage.name} has no storage; use stage 1a.")
+        pool = KVPool(self.config, num_blocks, block_size, self.device, self.dtype, host_blocks)
         staging = Staging(self.device, seqs, budget, table_length, block_size)
-        runner = Runner(decoder, parts.attention(self.config, pool), staging)
+        runner = Runner(decoder, parts.attention(self.config, pool), staging, pool)
         self.trace = Trace(self._meta(decoder, limits, parts), self.tokenizer) if trace else None
         self.engine = Engine(
             parts.scheduler(limits, kv_cache),
@@ -260,7 +288,10 @@ class LLM:
         return model.logits(model(batch, RecomputedAttention()))
 
     def stats(self) -> dict[str, Any]:
-        """Counters since the model was loaded: steps, tokens, preemptions, K/V utilisation, mean TTFT, ..."""
+        """Counters since the model was loaded (steps, tokens, preemptions, swapped bytes, K/V utilisation, ...)
+
+        and the K/V blocks as they are now; see `Engine.stats`.
+        """
         return self.engine.stats()
 
 
@@ -290,15 +321,6 @@ def _one_per_prompt(name: str, given: Any, count: int) -> list[Any]:
     return list(given)
 
 
-def _check_count(name: str, value: object) -> None:
-    most = 65536 if name == "max_num_seqs" else 1 << 48
-    whole = isinstance(value, int) and not isinstance(value, bool)
-    if value is not None and not (whole and 1 <= value <= most):
-        raise InvalidSetting(
-            f"{name} is {value!r}; it must be a whole number from 1 to {most}, or None for the default."
-        )
-
-
 def _device(name: str) -> torch.device:
     if name not in ("cpu", "cuda"):
         raise InvalidSetting(f"device is {name!r}; it must be 'cpu' or 'cuda'.")
@@ -316,33 +338,6 @@ def _dtype(asked: str | torch.dtype, device: torch.device, config: ModelConfig) 
     if name not in DTYPES:
         raise InvalidSetting(f"dtype is {asked!r}; it must be one of {', '.join(DTYPES)} or 'auto'.")
     return DTYPES[name]
-
-
-def _fit_slots(asked: int | None, block_bytes: int, budget: int | None, device: torch.device) -> int:
-    """How many requests run at once. Unset, it shrinks to the K/V budget; set, it must fit."""
-    if block_bytes == 0:
-        return asked or DEFAULT_SEQS
-    if budget is None:
-        budget = min(1 << 30, _free_bytes(device) // 4) if device.type == "cpu" else _free_bytes(device) // 2
-    room = budget // block_bytes
-    mib = 1 / (1 << 20)
-    if room < (asked or 1):
-        raise InvalidSetting(
-            f"{asked or 1} K/V slots of {block_bytes * mib:.0f} MiB need {(asked or 1) * block_bytes * mib:.0f} MiB, "
-            f"and the K/V budget is {budget * mib:.0f} MiB; lower max_num_seqs or max_model_len, or raise "
-            f"kv_cache_memory."
-        )
-    return asked or min(DEFAULT_SEQS, room)
-
-
-def _free_bytes(device: torch.device) -> int:
-    if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
-    try:
-        lines = Path("/proc/meminfo").read_text().splitlines()
-        return next(int(line.split()[1]) for line in lines if line.startswith("MemAvailable")) * 1024
-    except (OSError, StopIteration):
-        return 4 << 30  # no /proc (macOS): assume a small machine
 
 
 def _load_tokenizer(folder: Path) -> Any:

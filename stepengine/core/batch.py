@@ -16,10 +16,10 @@ from stepengine.errors import StepEngineError
 class Batch:
     """B chunks of T tokens in all, one after another without padding. Tensors are int32 on the device.
 
-    ids, positions, slots [T]: a token's slot is block x block_size + offset. cu_q [B + 1]: where each
-    chunk's tokens begin. kv_lens [B]: tokens of K/V once the chunk is stored. block_table [B, M].
-    rows [B]: the last token of each chunk, whose logits are wanted. temperature, top_p, min_p [B] are
-    float32; top_k, noise_key [B] int32.
+    ids, positions, slots [T]: a token's slot is block x block_size + offset, or 0 (in block 0) where its
+    K/V are stored already. cu_q [B + 1]: where each chunk's tokens begin. kv_lens [B]: tokens of K/V once
+    the chunk is stored. block_table [B, M], 0 beyond a row's blocks. rows [B]: the last token of each
+    chunk, whose logits are wanted. temperature, top_p, min_p [B] are float32; top_k, noise_key [B] int32.
     """
 
     num_tokens: int
@@ -105,6 +105,7 @@ class Staging:
             positions.extend(range(chunk.start, chunk.end))
             ends.append(len(ids))
             table[row, : len(request.blocks)] = request.blocks
+            table[row, len(request.blocks) :] = 0
         live = [requests[chunk.request] for chunk in chunks]
         host["ids"][:total] = ids
         host["positions"][:total] = positions
@@ -121,7 +122,8 @@ class Staging:
             position = host["positions"][:total]
             row_of = np.repeat(np.arange(count), lengths)
             block = table[row_of, position // self.block_size]
-            host["slots"][:total] = block * self.block_size + position % self.block_size
+            stored = np.repeat([request.computed for request in live], lengths)
+            host["slots"][:total] = np.where(position < stored, 0, block * self.block_size + position % self.block_size)
         if self._device is not self._host:
             self._device.copy_(self._host, non_blocking=True)
         view = self._views

@@ -62,7 +62,17 @@ class Engine:
         self.clock = clock
         self.requests: dict[int, Request] = {}  # those that have not ended, or whose group has not
         self.counters = dict.fromkeys(
-            ("steps", "tokens_computed", "tokens_generated", "preemptions", "prefix_hit_tokens", "finished"), 0
+            (
+                "steps",
+                "tokens_computed",
+                "tokens_generated",
+                "preemptions",
+                "swapped_bytes",
+                "copied_blocks",
+                "prefix_hit_tokens",
+                "finished",
+            ),
+            0,
         )
         self.ttft_ms: list[float] = []
         self._kv_tokens = [0, 0]  # held and reserved by the rows of each step, summed over steps
@@ -74,6 +84,7 @@ class Engine:
         self._outbox: dict[int, RequestOutput] = {}
         self.claimed: set[int] = set()  # ids whose outputs `step` leaves to whoever collects them by id
         self._aborted: list[tuple[int, str]] = []  # since the last record
+        self._forked: list[tuple[int, int]] = []  # since the last record
 
     # -- requests ---------------------------------------------------------------------------------
 
@@ -124,28 +135,89 @@ class Engine:
             self._next_id += params.n
             self._groups[group] = []
             for sample in range(params.n):
-                request = Request(
-                    id=group + sample,
-                    prompt_ids=list(prompt_ids),
-                    params=params,
-                    max_len=min(len(prompt_ids) + params.max_tokens, self.limits.max_model_len),
-                    stop_ids=frozenset(params.stop_token_ids) | (frozenset() if params.ignore_eos else self._eos),
-                    priority=priority,
-                    group=group,
-                    sample=sample,
-                    noise_key=noise_key(seed, sample),
-                    t_arrived=now,
-                )
-                if self.tokenizer is not None:
-                    request.text = Detokenizer(self.tokenizer, request.prompt_ids, params.stop)
-                self.requests[request.id] = request
-                self._groups[group].append(request)
-                if self.recorder is not None:
-                    self.recorder.add_request(
-                        RequestInfo(request.id, tuple(prompt_ids), params.max_tokens, priority, group, sample, now)
-                    )
-                self.scheduler.add(request)
+                key = noise_key(seed, sample)
+                self.scheduler.add(self._admit(group + sample, prompt_ids, params, priority, group, sample, key, now))
         return group
+
+    def _admit(
+        self,
+        request_id: int,
+        prompt_ids: Sequence[int],
+        params: SamplingParams,
+        priority: int,
+        group: int,
+        sample: int,
+        key: int,
+        now: float,
+    ) -> Request:
+        """A request that the engine knows and the trace has noted; the scheduler has not seen it yet."""
+        request = Request(
+            id=request_id,
+            prompt_ids=list(prompt_ids),
+            params=params,
+            max_len=min(len(prompt_ids) + params.max_tokens, self.limits.max_model_len),
+            stop_ids=frozenset(params.stop_token_ids) | (frozenset() if params.ignore_eos else self._eos),
+            priority=priority,
+            group=group,
+            sample=sample,
+            noise_key=key,
+            t_arrived=now,
+        )
+        if self.tokenizer is not None:
+            request.text = Detokenizer(self.tokenizer, request.prompt_ids, params.stop)
+        self.requests[request.id] = request
+        self._groups[group].append(request)
+        if self.recorder is not None:
+            self.recorder.add_request(
+                RequestInfo(request.id, tuple(prompt_ids), params.max_tokens, priority, group, sample, now)
+            )
+        return request
+
+    def fork(self, request_id: int, params: SamplingParams | None = None) -> int:
+        """Split a request (or one sample) in two between steps; the id of the new one, which has an output of its own.
+
+        Both have all tokens so far and share their K/V; what either writes from now on is its own.
+        `params` (n = 1, by default the parent's) are the child's; its max_tokens counts inherited
+        tokens too. Without a seed in `params` the child draws other noise than its parent. Beside a
+        full batch the child waits its turn. Raises `InvalidRequest`.
+        """
+        parent = self.requests.get(request_id)
+        if parent is None or parent.state is State.FINISHED:
+            raise InvalidRequest(
+                f"There is no request {request_id!r} in the engine that has not ended, so none to fork."
+            )
+        if not hasattr(self.scheduler, "fork"):
+            raise InvalidRequest(
+                f"Request {request_id} cannot be forked: {type(self.scheduler).__name__} cannot share K/V; use stage 2 "
+                f"or later."
+            )
+        key = noise_key(parent.noise_key, parent.forks + 1)
+        if params is None:
+            params = parent.params.replace(n=1)
+        elif isinstance(params, SamplingParams) and params.seed is not None:
+            key = noise_key(params.seed, 0)
+        self.check(parent.prompt_ids, params, parent.priority)
+        if params.n != 1:
+            raise InvalidRequest(f"n is {params.n}; a fork is one request, so n must be 1: fork again for another.")
+        if params.max_tokens <= parent.num_outputs:
+            raise InvalidRequest(
+                f"max_tokens is {params.max_tokens}, and request {request_id} has {parent.num_outputs} outputs, which "
+                f"the fork inherits; raise max_tokens."
+            )
+        with interrupts_held():
+            child_id, parent.forks = self._next_id, parent.forks + 1
+            self._next_id += 1
+            self._groups[child_id] = []
+            prompt, now = parent.prompt_ids, self.clock()
+            child = self._admit(child_id, prompt, params, parent.priority, child_id, 0, key, now)
+            for token in parent.output_ids:
+                child.token_ids.append(token)
+                if child.text is not None:
+                    child.text.push(token, may_stop=False)
+            child.logprobs, child.cumulative_logprob = list(parent.logprobs), parent.cumulative_logprob
+            self._forked.append((request_id, child_id))
+            self.scheduler.fork(parent, child)
+        return child_id
 
     def abort(self, request_id: int) -> None:
         """End a request and all its samples, whatever its state; an unknown id is harmless."""
@@ -201,13 +273,14 @@ class Engine:
                     for chunk in step.plan.chunks:
                         request = self.requests[chunk.request]
                         if request.accepts(chunk):
-                            request.scheduled = request.computed
+                            request.scheduled = min(request.computed, request.num_tokens - 1)
                     self._record(step, step.plan, [-1] * len(step.plan.chunks), [])
             raise
 
     def _plan(self, step: Step) -> StepPlan:
         with interrupts_held():
             plan = step.plan = self.scheduler.plan()
+            self.runner.move(plan)
         if not plan.chunks:
             raise NoProgress(
                 f"Step {plan.step} could run nothing: {plan.blocked or 'the scheduler planned no tokens'}. Abort a "
@@ -233,7 +306,10 @@ class Engine:
         now, counters = self.clock(), self.counters
         counters["steps"] += 1
         counters["tokens_computed"] += plan.num_tokens
-        counters["preemptions"] += len(plan.preempted)
+        counters["preemptions"] += len(plan.preempted) + len(plan.swapped_out)
+        counters["copied_blocks"] += len(plan.copies)
+        if swaps := plan.swapped_out + plan.swapped_in:
+            counters["swapped_bytes"] += self.runner.pool.block_bytes * sum(len(swap.pairs) for swap in swaps)
         counters["prefix_hit_tokens"] += sum(chunk.cached for chunk in plan.chunks)
         if reserved:
             self._kv_tokens[0] += sum(chunk.end for chunk in plan.chunks)
@@ -251,9 +327,11 @@ class Engine:
 
     def _record(self, step: Step, plan: StepPlan, token_ids: list[int], finished: list[tuple[int, str]]) -> None:
         aborted, self._aborted = tuple(self._aborted), []
+        forked, self._forked = tuple(self._forked), []
         if self.recorder is not None:
             sampled, ended = tuple(token_ids), tuple(finished)
-            self.recorder.append(StepRecord(plan, sampled, ended, aborted, (), step.began, step.running, self.clock()))
+            times = (step.began, step.running, self.clock())
+            self.recorder.append(StepRecord(plan, sampled, ended, aborted, forked, *times))
 
     # -- outputs ----------------------------------------------------------------------------------
 
@@ -297,16 +375,34 @@ class Engine:
         return [self._outbox.pop(request_id) for request_id in ids]
 
     def stats(self) -> dict[str, Any]:
-        """Counters since the engine was made.
+        """Counters since the engine was made, and the K/V blocks as they are now.
 
         kv_utilization: tokens held / tokens reserved by the rows of a step, over all steps (None where
-        nothing is stored). ttft_ms: the mean (None before the first token).
+        nothing is stored). blocks_used, blocks_shared (by two requests or more), waste_tokens (room in
+        used blocks that holds nothing): now. ttft_ms: the mean (None before the first token).
         """
         mean = sum(self.ttft_ms) / len(self.ttft_ms) if self.ttft_ms else None
         held, reserved = self._kv_tokens
         utilization = held / reserved if reserved else None
         unfinished = sum(request.state is not State.FINISHED for request in self.requests.values())
-        return {**self.counters, "unfinished": unfinished, "kv_utilization": utilization, "ttft_ms": mean}
+        own = {"unfinished": unfinished, "kv_utilization": utilization, "ttft_ms": mean}
+        return {**self.counters, **own, **self._blocks()}
+
+    def _blocks(self) -> dict[str, int]:
+        """Who holds what of the K/V storage now."""
+        size = self.limits.block_size
+        tokens: dict[int, int] = {}  # block -> tokens held
+        shared: set[int] = set()
+        for request in self.requests.values():
+            for at, block in enumerate(request.blocks):
+                shared |= {block} & tokens.keys()
+                tokens[block] = max(tokens.get(block, 0), min(max(request.computed - at * size, 0), size))
+        return {
+            "num_blocks": self.limits.num_blocks,
+            "blocks_used": len(tokens),
+            "blocks_shared": len(shared),
+            "waste_tokens": len(tokens) * size - sum(tokens.values()),
+        }
 
 
 def _completion(request: Request, tokenizer: Tokenizer | None) -> CompletionOutput:

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from enum import Enum
 from typing import Any, NamedTuple, Protocol
 
-from stepengine.core.plan import Chunk
+from stepengine.core.plan import Chunk, Copy
 from stepengine.errors import InvalidRequest, StepEngineError
 
 
@@ -187,6 +187,7 @@ class Request:
     blocks: list[int] = field(default_factory=list)  # block table
     state: State = State.WAITING
     epoch: int = 0
+    forks: int = 0  # times it was forked
     finish_reason: str | None = None
     stop_reason: int | str | None = None
     logprobs: list[dict[int, Logprob]] = field(default_factory=list)
@@ -212,12 +213,26 @@ class Request:
         """Whether a result of `chunk` still belongs to this request."""
         return self.state is State.RUNNING and self.epoch == chunk.epoch
 
-    def schedule(self, blocks: tuple[int, ...] = (), cached: int = 0) -> Chunk:
-        """Hand all known tokens that are not yet scheduled to the device, as one chunk."""
-        start = self.scheduled
+    def schedule(self, blocks: tuple[int, ...] = (), cached: int = 0, copies: tuple[Copy, ...] = ()) -> Chunk:
+        """Hand all known tokens that are not yet scheduled to the device, as one chunk.
+
+        `cached` tokens of a request that starts have their K/V in `blocks` already; the last token runs
+        even so, for its logits.
+        """
+        start = max(self.scheduled, min(cached, self.num_tokens - 1))
+        self.computed = max(self.computed, cached)
         self.scheduled = self.num_tokens
         self.blocks.extend(blocks)
+        for copy in copies:
+            self.blocks[copy.entry] = copy.destination
         return Chunk(self.id, start, self.scheduled - start, blocks, cached, self.epoch)
+
+    def give_way(self, state: State, kept: int = 0) -> None:
+        """Stop running; the K/V of `kept` tokens remain, and results in flight are ignored."""
+        self.state = state
+        self.computed = kept
+        self.scheduled = min(kept, self.num_tokens - 1)  # the newest token runs in any case, for its logits
+        self.epoch += 1
 
 
 def stop_reason(request: Request, token: int) -> str | None:

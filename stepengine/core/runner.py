@@ -6,6 +6,7 @@ from typing import NamedTuple
 import torch
 
 from stepengine.core.batch import Staging
+from stepengine.core.kv_pool import KVPool
 from stepengine.core.plan import StepPlan
 from stepengine.core.request import Logprob, Request
 from stepengine.core.sampler import sample
@@ -22,12 +23,18 @@ class StepResult(NamedTuple):
 
 
 class Runner:
-    """Owns what the device needs: model, attention backend, staging buffer."""
+    """Owns what the device needs: model, attention backend, staging buffer, K/V storage."""
 
-    def __init__(self, model: Decoder, attention: AttentionBackend, staging: Staging) -> None:
+    def __init__(self, model: Decoder, attention: AttentionBackend, staging: Staging, pool: KVPool) -> None:
         self.model = model
         self.attention = attention
         self.staging = staging
+        self.pool = pool
+
+    @torch.inference_mode()
+    def move(self, plan: StepPlan) -> None:
+        """Carry out the plan's swaps and copies: the bookkeeping counts on them as soon as it has planned them."""
+        self.pool.move(plan)
 
     @torch.inference_mode()
     def run(self, plan: StepPlan, requests: Mapping[int, Request]) -> StepResult:

@@ -4,11 +4,11 @@ A stage is a `Parts`: one of each role. What a role must guarantee beyond its si
 `stepengine.contracts`.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple, Protocol
 
-from stepengine.core.plan import Copy, StepPlan
+from stepengine.core.plan import Copy, StepPlan, Swap
 from stepengine.core.request import Request
 
 if TYPE_CHECKING:
@@ -29,10 +29,12 @@ class Limits:
     max_model_len: int
     block_size: int = 0  # tokens per block of K/V storage; 0: nothing is stored
     num_blocks: int = 0
+    preemption: str = "recompute"  # what becomes of a preempted request's K/V: "recompute" or "swap"
+    num_host_blocks: int = 0  # room for swapped blocks in host memory
 
 
 class Grant(NamedTuple):
-    """Room for a request's tokens: blocks to append to its table, copies to make first."""
+    """Room for a request's tokens: blocks to append to its table (hits first), copies to make first."""
 
     blocks: tuple[int, ...] = ()
     copies: tuple[Copy, ...] = ()
@@ -60,6 +62,32 @@ class Scheduler(Protocol):
         """True when no request waits or runs."""
 
 
+class ForkingScheduler(Scheduler, Protocol):
+    """From stage 2: a scheduler whose cache can share blocks."""
+
+    def fork(self, parent: Request, child: Request) -> None:
+        """Take in a request with the tokens of `parent`, beside it if there is a place, else at the queue's end."""
+
+
+class BlockPool(Protocol):
+    """From stage 2: which of the blocks 1 .. num_blocks are free, and how many hold each of the others."""
+
+    @property
+    def num_free(self) -> int: ...
+
+    def alloc(self, n: int) -> list[int] | None:
+        """`n` blocks with one reference each, or None (and nothing changed) when fewer are free."""
+
+    def share(self, ids: Sequence[int]) -> None:
+        """One more reference on each."""
+
+    def free(self, ids: Sequence[int]) -> None:
+        """One reference less on each; a block without references is free again."""
+
+    def refs(self, block: int) -> int:
+        """References on a block; 0 when it is free."""
+
+
 class KVCache(Protocol):
     """Host bookkeeping of where K/V live; holds no tensors."""
 
@@ -82,6 +110,19 @@ class KVCache(Protocol):
         """Take back everything the request holds."""
 
 
+class PagingCache(KVCache, Protocol):
+    """From stage 2: a cache of shared blocks that can move to the host and back."""
+
+    def fork(self, parent: Request, child: Request) -> None:
+        """The child's table becomes the parent's, shared."""
+
+    def swap_out(self, request: Request) -> Swap | None:
+        """Give up the request's blocks for host slots, or None (and nothing changed) when the host is full."""
+
+    def swap_in(self, request: Request) -> Swap | None:
+        """Give up its host slots for new blocks, or None (and nothing changed) when the pool is full."""
+
+
 class AttentionBackend(Protocol):
     """Stores a step's keys and values and attends to them."""
 
@@ -100,8 +141,9 @@ def unchanged(model: "Decoder") -> "Decoder":
 class Parts:
     """One of each role: a stage of the engine."""
 
-    scheduler: Callable[[Limits, KVCache], Scheduler]
-    cache: Callable[[Limits], KVCache]
+    scheduler: Callable[..., Scheduler]  # (limits, cache)
+    cache: Callable[..., KVCache]  # (limits), from stage 2 (limits, block pool)
     attention: Callable[["ModelConfig", "KVPool"], AttentionBackend]
     block_size: Callable[[int, int | None], int]  # (max_model_len, block_size asked for) -> tokens a block
     prepare_model: Callable[["Decoder"], "Decoder"] = unchanged
+    block_pool: Callable[[int], BlockPool] | None = None  # (num_blocks); None before stage 2
