@@ -11,20 +11,31 @@ from stepengine.core.kv_pool import KVPool
 from stepengine.model.config import ModelConfig
 from stepengine.stage0_naive.attention import causal_attention
 
+GATHER_BYTES = 1 << 20  # of K/V copied at a time: what is gathered is still in the processor's L2 cache when it is read
 
-class _Tiles(NamedTuple):
-    """What a decode step reads, the same for all layers."""
 
-    keys: Tensor  # [B x Hk x M]: row of each tile of keys; a tile is one head of one block
-    values: Tensor  # [B x Hk x M]
-    mask: Tensor  # [B x Hk, 1, M x block_size], 0 or -inf
+class _Group(NamedTuple):
+    """Rows of a decode step whose K/V are gathered together, the same for all layers."""
+
+    count: int
+    tiles: Tensor  # [2 x R x Hk x M]: which tile (one head of one block) comes where, keys before values
+    mask: Tensor  # [R x Hk, 1, M x block_size], 0 or -inf
+
+
+class _Gather(NamedTuple):
+    """The groups of a decode step. Rows are taken in order of length, so a group pads little."""
+
+    order: Tensor  # [B]
+    back: Tensor  # [B], its inverse
+    groups: list[_Group]
 
 
 class PagedAttention:
     """A request's K/V lie in blocks anywhere in the pool (PagedAttention, Kwon et al. 2023, section 4.1).
 
-    On a CPU a decode step gathers the tiles of all its sequences into one [B x Hk, L, D] matrix, which
-    costs a copy that contiguous slots do without; entries beyond a sequence's end name block 0.
+    On a CPU a decode step first copies the tiles of its sequences side by side, [R x Hk, L, D], which
+    contiguous slots do without. Taken in cache-sized groups of about equal length, the copy costs less
+    than padding every sequence to the longest would; entries beyond a sequence's end name block 0.
     """
 
     capturable = False
@@ -75,29 +86,43 @@ class PagedAttention:
         return torch.cat(out)
 
     def _decode(self, layer: int, q: Tensor, batch: Batch) -> Tensor:
-        """One token per row: two gathers, then one pair of matrix products for all rows and heads."""
-        if "tiles" not in batch.memo:
-            batch.memo["tiles"] = self._tiles(batch, q.dtype)
-        tiles: _Tiles = batch.memo["tiles"]
-        num_rows, num_heads, head_dim = q.shape
+        """One token per row: for each group one gather, then one pair of matrix products for its rows and heads."""
+        if "gather" not in batch.memo:
+            batch.memo["gather"] = self._gather(batch, q.dtype)
+        gather: _Gather = batch.memo["gather"]
+        num_heads, head_dim = q.shape[1:]
         storage = self.pool.layers[layer]
-        pairs = num_rows * self.num_kv_heads
-        stored = storage.view(-1, storage.shape[3] * head_dim)  # [(num_blocks + 1) x 2 x Hk, block_size x D]
-        keys = stored.index_select(0, tiles.keys).view(pairs, -1, head_dim)  # [B x Hk, L, D]
-        values = stored.index_select(0, tiles.values).view(pairs, -1, head_dim)
-        queries = q.reshape(pairs, num_heads // self.num_kv_heads, head_dim)  # [B x Hk, G, D]
-        scores = torch.baddbmm(tiles.mask, queries, keys.transpose(1, 2), alpha=self.scale)
-        weights = scores.softmax(-1, dtype=torch.float32).to(q.dtype)  # [B x Hk, G, L]
-        return (weights @ values).view(num_rows, num_heads, head_dim)
+        stored = storage.view(-1, self.pool.block_size * head_dim)  # [(num_blocks + 1) x 2 x Hk, block_size x D]
+        q = q.index_select(0, gather.order)
+        out = torch.empty_like(q)
+        at = 0
+        for count, tiles, mask in gather.groups:
+            pairs = count * self.num_kv_heads
+            keys, values = stored.index_select(0, tiles).view(2, pairs, -1, head_dim)  # [R x Hk, L, D]
+            queries = q[at : at + count].view(pairs, -1, head_dim)  # [R x Hk, G, D]
+            scores = torch.baddbmm(mask, queries, keys.transpose(1, 2), alpha=self.scale)
+            weights = scores.softmax(-1, dtype=torch.float32).to(q.dtype)  # [R x Hk, G, L]
+            out[at : at + count] = (weights @ values).view(count, num_heads, head_dim)
+            at += count
+        return out.index_select(0, gather.back)
 
-    def _tiles(self, batch: Batch, dtype: torch.dtype) -> _Tiles:
+    def _gather(self, batch: Batch, dtype: torch.dtype) -> _Gather:
+        lengths = torch.tensor(batch.starts) + 1
+        order = lengths.argsort()
+        layer_bytes = self.pool.block_bytes // len(self.pool.layers)
+        groups: list[list[int]] = [[]]
+        for row in order.tolist():
+            blocks = -(-int(lengths[row]) // self.pool.block_size)
+            if groups[-1] and (len(groups[-1]) + 1) * blocks * layer_bytes > GATHER_BYTES:
+                groups.append([])
+            groups[-1].append(row)
+        return _Gather(order, order.argsort(), [self._group(batch, rows, dtype) for rows in groups])
+
+    def _group(self, batch: Batch, rows: list[int], dtype: torch.dtype) -> _Group:
         size, heads = self.pool.block_size, self.num_kv_heads
-        blocks = -(-(max(batch.starts) + 1) // size)
-        table = batch.block_table[:, :blocks].long()
-        head = torch.arange(heads, device=table.device)
-        keys = (
-            table[:, None] * 2 * heads + head[:, None]
-        ).flatten()  # a block's keys of all heads come before its values
-        beyond = torch.arange(blocks * size, device=table.device)[None, :] >= batch.kv_lens[:, None]
-        mask = torch.zeros(beyond.shape, dtype=dtype, device=table.device).masked_fill_(beyond, -torch.inf)
-        return _Tiles(keys, keys + heads, mask.repeat_interleave(heads, 0)[:, None])
+        longest = batch.starts[rows[-1]] + 1
+        table = batch.block_table[rows, : -(-longest // size)].long()
+        keys = (table[:, None] * 2 * heads + torch.arange(heads)[:, None]).flatten()  # a block: its keys, its values
+        beyond = torch.arange(table.shape[1] * size) >= batch.kv_lens[rows][:, None]
+        mask = torch.zeros(beyond.shape, dtype=dtype).masked_fill_(beyond, -torch.inf)
+        return _Group(len(rows), torch.cat((keys, keys + heads)), mask.repeat_interleave(heads, 0)[:, None])

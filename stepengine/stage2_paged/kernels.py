@@ -13,10 +13,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-# A K tile and a V tile of this size, twice (one pair is loaded while the other is used), fit every GPU's shared memory.
-_TILE_BYTES = 8192
-# A tile's rows are gathered one by one, so more of them at once do not help; fewer than 16 cannot fill a tensor core.
-_MIN_TILE, _MAX_TILE = 16, 128
+# K of one tile. K and V of a tile are loaded while the one before is used, so 2 x 16 KiB a program are on their way:
+# enough to keep the memory busy, and small enough for four programs at a time on an H100's multiprocessor.
+_TILE_BYTES = 16384
+_MIN_TILE, _MAX_TILE = 16, 128  # tokens; tl.dot takes no fewer than 16
 # Tensor cores multiply 16 rows at a time: a smaller group is padded to that.
 _MIN_ROWS = 16
 
@@ -131,7 +131,7 @@ def _paged_attention_kernel(
         block = tl.load(table + position // BLOCK_SIZE, mask=within, other=0).to(tl.int64)
         key_row = (block * 2 * NUM_KV_HEADS + kv_head) * BLOCK_SIZE + position % BLOCK_SIZE
         value_row = key_row + NUM_KV_HEADS * BLOCK_SIZE
-        # Masked loads: what lies beyond the sequence is another request's, or NaN, and 0 x NaN is NaN.
+        # Masked loads: what lies beyond the sequence costs no traffic, and may be NaN, which a weight of 0 keeps.
         readable = within[:, None] & (dim < HEAD_DIM)  # [TILE, DIM]
         keys = tl.load(storage + key_row[:, None] * HEAD_DIM + dim, mask=readable, other=0.0)
         values = tl.load(storage + value_row[:, None] * HEAD_DIM + dim, mask=readable, other=0.0)
@@ -187,7 +187,7 @@ def paged_attention(
         DIM=dim,
         TILE=min(_MAX_TILE, max(_MIN_TILE, _TILE_BYTES // (dim * q.element_size()))),
         num_warps=4,
-        num_stages=2,
+        num_stages=3,  # block ids are fetched a tile ahead of K and V, these a tile ahead of their use
     )
     return out
 
