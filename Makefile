@@ -5,7 +5,7 @@
 # TORCH_INDEX=url     where CPU builds of torch are, if pip's own sources have none (default: the PyTorch project's)
 # STEPENGINE_TORCH=cpu|cuda   the build of torch, if what is found on this machine should not decide
 # FAST=1              `make ladder` in its short form
-# ARGS="..."          further arguments for the command behind `learn` and `ladder`
+# ARGS="..."          further arguments for the command behind `learn`, `gpu-test` and `ladder`
 
 NEW_ENOUGH := import sys; sys.exit(sys.version_info < (3, 11))
 ifndef PYTHON
@@ -16,10 +16,10 @@ MODEL := smollm2-135m
 SETUP = $(PYTHON) scripts/setup.py $(if $(OFFLINE),--offline "$(OFFLINE)")
 
 .DEFAULT_GOAL := help
-.PHONY: help setup learn test ladder wheels clean python
+.PHONY: help setup learn test gpu-test ladder wheels clean python
 
 help: ## this list
-	@sed -n 's/^\([a-z]*\):.*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 16
+	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 16
 
 learn: python ## set up, then open JupyterLab on your own copies of the notebooks, in learn/
 	@$(SETUP) --model $(MODEL)
@@ -28,6 +28,10 @@ learn: python ## set up, then open JupyterLab on your own copies of the notebook
 test: python ## set up, then run every check
 	@$(SETUP) --model $(MODEL)
 	@.venv/bin/python scripts/check.py
+
+gpu-test: python ## set up, then run the kernels' tests on this machine's GPU
+	@$(SETUP)
+	@.venv/bin/python -m pytest -rs -m gpu tests/kernels $(ARGS)
 
 ladder: python ## set up, then run every stage on the same requests (FAST=1: in under a minute)
 	@$(SETUP) --model $(MODEL)

@@ -92,6 +92,15 @@ COMBINATIONS: dict[str, dict[str, Any]] = {
     "continuous, no cache": {"stage": "0", "scheduler": ContinuousScheduler},
     "static, slots (1a)": {"stage": "1a"},
     "continuous, slots (1b)": {"stage": "1b"},
+    "paged (2)": {"stage": "2"},
+    "paged, blocks of 5, a pool for one or two, recompute": {"stage": "2", "block_size": 5, "num_blocks": 20},
+    "paged, blocks of 4, a pool for one or two, swap": {
+        "stage": "2",
+        "block_size": 4,
+        "num_blocks": 25,
+        "preemption": "swap",
+    },
+    "continuous, paged": {"stage": "2", "scheduler": ContinuousScheduler},
 }
 
 

@@ -1,0 +1,66 @@
+"""Each kernel and its twin against an oracle, under Triton's interpreter: no GPU, exact in fp32 and fp16."""
+
+import importlib
+from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from tests.kernels import harness
+
+pytestmark = harness.needs_triton
+
+
+@pytest.fixture(scope="module")
+def outcomes(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    return harness.run("interpret", tmp_path_factory.mktemp("triton"))
+
+
+@harness.needs_newer_triton
+@pytest.mark.parametrize("name", harness.cases("interpreter"))
+def test_kernel_and_twin_equal_the_oracle(outcomes: dict[str, str], name: str) -> None:
+    assert not outcomes[name], outcomes[name]
+
+
+def test_no_case_runs_in_bf16_there() -> None:
+    assert not [name for name in harness.cases("interpreter") if "bf16" in name]
+
+
+ATTENTION_MISTAKES: dict[str, Callable[..., Any]] = {
+    "forgets the last token": lambda r, q, s, t, n, scale, out=None: r(q, s, t, (n - 1).clamp(min=0), scale, out),
+    "reads a token too many": lambda r, q, s, t, n, scale, out=None: r(q, s, t.clamp(max=1), n + 1, scale, out),
+    "pairs heads wrongly": lambda r, q, s, t, n, scale, out=None: r(q, s.flip(2), t, n, scale, out),
+    "swaps K and V": lambda r, q, s, t, n, scale, out=None: r(q, s.flip(1), t, n, scale, out),
+    "forgets the scale": lambda r, q, s, t, n, scale, out=None: r(q, s, t, n, 1.0, out),
+    "leaves `out` alone": lambda r, q, s, t, n, scale, out=None: r(q, s, t, n, scale) if out is None else out,
+}
+STORE_MISTAKES: dict[str, Callable[..., Any]] = {
+    "swaps K and V": lambda r, k, v, s, slots: r(v, k, s, slots),
+    "is off by one": lambda r, k, v, s, slots: r(k, v, s, slots + 1),
+    "forgets a token": lambda r, k, v, s, slots: r(k[2:], v[2:], s, slots[2:]),
+    "stores in block 1": lambda r, k, v, s, slots: r(k, v, s, slots.clamp(max=s.shape[3])),
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("name", "case", "mistake"),
+    [("paged_attention", "lengths", name) for name in ATTENTION_MISTAKES]
+    + [("store_kv", "padding", name) for name in STORE_MISTAKES],
+)
+def test_the_checks_refuse(name: str, case: str, mistake: str, dtype: torch.dtype) -> None:
+    kernel = harness.kernels()[name]
+    twin = getattr(importlib.import_module(kernel.module), f"{name}_reference")
+    wrong = {"paged_attention": ATTENTION_MISTAKES, "store_kv": STORE_MISTAKES}[name][mistake]
+
+    def mistaken(*args: Any, **kwargs: Any) -> Any:
+        return wrong(twin, *args, **kwargs)
+
+    mistaken.__name__ = mistake
+    with pytest.raises(AssertionError):
+        kernel.check(
+            SimpleNamespace(**{name: mistaken, f"{name}_reference": twin}), "cpu", dtype, **kernel.shapes[case]
+        )
+    kernel.check(SimpleNamespace(**{name: twin, f"{name}_reference": twin}), "cpu", dtype, **kernel.shapes[case])
