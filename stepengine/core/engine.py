@@ -273,7 +273,7 @@ class Engine:
                     for chunk in step.plan.chunks:
                         request = self.requests[chunk.request]
                         if request.accepts(chunk):
-                            request.scheduled = min(request.computed, request.num_tokens - 1)
+                            request.keep(request.computed)
                     self._record(step, step.plan, [-1] * len(step.plan.chunks), [])
             raise
 

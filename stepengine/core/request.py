@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from enum import Enum
 from typing import Any, NamedTuple, Protocol
 
-from stepengine.core.plan import Chunk, Copy
+from stepengine.core.plan import Chunk
 from stepengine.errors import InvalidRequest, StepEngineError
 
 
@@ -213,25 +213,22 @@ class Request:
         """Whether a result of `chunk` still belongs to this request."""
         return self.state is State.RUNNING and self.epoch == chunk.epoch
 
-    def schedule(self, blocks: tuple[int, ...] = (), cached: int = 0, copies: tuple[Copy, ...] = ()) -> Chunk:
-        """Hand all known tokens that are not yet scheduled to the device, as one chunk.
-
-        `cached` tokens of a request that starts have their K/V in `blocks` already; the last token runs
-        even so, for its logits.
-        """
-        start = max(self.scheduled, min(cached, self.num_tokens - 1))
-        self.computed = max(self.computed, cached)
+    def schedule(self, blocks: tuple[int, ...] = (), cached: int = 0) -> Chunk:
+        """Hand all known tokens that are not yet scheduled to the device, as one chunk."""
+        start = self.scheduled
         self.scheduled = self.num_tokens
         self.blocks.extend(blocks)
-        for copy in copies:
-            self.blocks[copy.entry] = copy.destination
         return Chunk(self.id, start, self.scheduled - start, blocks, cached, self.epoch)
 
+    def keep(self, tokens: int) -> None:
+        """K/V of the first `tokens` tokens are there; the newest token runs in any case, for its logits."""
+        self.computed = tokens
+        self.scheduled = min(tokens, self.num_tokens - 1)
+
     def give_way(self, state: State, kept: int = 0) -> None:
-        """Stop running; the K/V of `kept` tokens remain, and results in flight are ignored."""
+        """Stop running with the K/V of `kept` tokens; results in flight are ignored."""
         self.state = state
-        self.computed = kept
-        self.scheduled = min(kept, self.num_tokens - 1)  # the newest token runs in any case, for its logits
+        self.keep(kept)
         self.epoch += 1
 
 

@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 
 from stepengine.core.plan import Chunk, Copy, StepPlan, Swap
 from stepengine.core.request import Request, State, settle
-from stepengine.core.seams import Limits, PagingCache
+from stepengine.core.seams import Grant, Limits, PagingCache
 
 WATERMARK = 0.01  # of the pool is left free when a request starts, or it would soon push another one out
 
@@ -99,14 +99,13 @@ class PagedScheduler:
                 return chunks, f"its {needed} tokens do not fit in the {budget} left of this step"
             if blocked := self._no_room(needed):
                 return chunks, blocked
-            request.computed = cached  # tells the cache that what it found is wanted
+            request.keep(cached)  # tells the cache that what it found is wanted
             grant = self.cache.grow(request, request.num_tokens)
             if grant is None:
-                request.computed = 0
+                request.keep(0)
                 return chunks, self._needs(needed)
             self._start(request)
-            chunks.append(request.schedule(grant.blocks, cached, grant.copies))
-            moves.copies += grant.copies
+            chunks.append(moves.schedule(request, grant, cached))
             budget -= needed
         return chunks, ""
 
@@ -119,8 +118,7 @@ class PagedScheduler:
             grant = self.cache.grow(request, request.num_tokens)
             if grant is not None:
                 line.pop(0)
-                chunks.append(request.schedule(grant.blocks, 0, grant.copies))
-                moves.copies += grant.copies
+                chunks.append(moves.schedule(request, grant))
             elif moves.swapped_in:  # what has just come back is not sent away in the same step
                 line.pop(0)
             else:
@@ -201,3 +199,11 @@ class _Moves:
         self.swapped_out: list[Swap] = []
         self.swapped_in: list[Swap] = []
         self.copies: list[Copy] = []
+
+    def schedule(self, request: Request, grant: Grant, cached: int = 0) -> Chunk:
+        """A chunk whose copies the plan has, and the table already shows."""
+        chunk = request.schedule(grant.blocks, cached)
+        for copy in grant.copies:
+            request.blocks[copy.entry] = copy.destination
+        self.copies += grant.copies
+        return chunk

@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
-from stepengine.core.plan import Chunk, StepRecord
+from stepengine.core.plan import Chunk, Copy, StepRecord, Swap
 from stepengine.errors import TraceError
 from stepengine.trace.record import Trace
 
@@ -26,6 +26,7 @@ class Snapshot:
     block_tokens: dict[int, int]  # block id -> tokens held, blocks in use only
     new_blocks: frozenset[int]  # granted, swapped in or copied to in this step
     hit_blocks: frozenset[int]  # taken over with their contents in this step
+    hosted: dict[int, tuple[int, ...]]  # host slots of the swapped ones, in logical order
 
     @property
     def chunks(self) -> tuple[Chunk, ...]:
@@ -133,7 +134,7 @@ class Replay:
             if self._state_of(s, t, request) == NOT_ARRIVED:
                 s.state[request] = WAITING
         for parent, child in record.forked:
-            self._fork(s, t, parent, child)
+            self._fork(s, t, parent, child, waits=child in plan.arrived)
         for request, reason in record.aborted:
             if self._state_of(s, t, request) != FINISHED:
                 self._end(s, t, request, reason)
@@ -142,37 +143,62 @@ class Replay:
             self._drop(s, request)
             s.state[request] = WAITING
         for swap in plan.swapped_out:
-            self._expect(s, t, swap.request, RUNNING, "is swapped out")
-            if tuple(block for block, _ in swap.pairs) != s.table.get(swap.request, ()):
-                raise self._error(t, swap.request, f"swaps out blocks other than its table {s.table[swap.request]}")
-            computed = s.computed.get(swap.request, 0)
-            self._drop(s, swap.request)
-            s.computed[swap.request] = computed  # the host keeps it
-            s.hosted[swap.request] = tuple(slot for _, slot in swap.pairs)
-            s.state[swap.request] = SWAPPED
+            self._swap_out(s, t, swap)
         for swap in plan.swapped_in:
-            self._expect(s, t, swap.request, SWAPPED, "is swapped in")
-            if tuple(slot for _, slot in swap.pairs) != s.hosted.pop(swap.request):
-                raise self._error(t, swap.request, "swaps in other host slots than it was swapped out to")
-            self._grant(s, t, swap.request, tuple(block for block, _ in swap.pairs), 0)
-            s.state[swap.request] = RUNNING
+            self._swap_in(s, t, swap)
+        ran = [
+            (chunk, token)
+            for chunk, token in zip(plan.chunks, record.token_ids, strict=True)
+            # one planned before its request was known to have ended is ignored by the engine too
+            if token >= 0 or self._state_of(s, t, chunk.request) != FINISHED
+        ]
+        # Hits, copies, new blocks: a copy's source may be a hit of this step, a new block one that a copy let go.
+        hits = [self._check(s, t, chunk, plan.copies) for chunk, _ in ran]
+        for (chunk, _), shared in zip(ran, hits, strict=True):
+            self._grant(s, t, chunk.request, chunk.blocks[:shared], shared=True)
         for copy in plan.copies:
-            table = s.table.get(copy.request, ())
-            if not 0 <= copy.entry < len(table) or table[copy.entry] != copy.source:
-                raise self._error(
-                    t, copy.request, f"copies block {copy.source}, which is not entry {copy.entry} of its table"
-                )
-            self._take(s, t, copy.request, copy.destination)
-            self._release(s, copy.source)
-            s.table[copy.request] = (*table[: copy.entry], copy.destination, *table[copy.entry + 1 :])
-        for chunk, token in zip(plan.chunks, record.token_ids, strict=True):
+            self._copy(s, t, copy)
+        for (chunk, _), shared in zip(ran, hits, strict=True):
+            self._grant(s, t, chunk.request, chunk.blocks[shared:])
+        for chunk, token in ran:
             self._run(s, t, chunk, token)
 
-    def _run(self, s: _State, t: int, chunk: Chunk, token: int) -> None:
+    def _swap_out(self, s: _State, t: int, swap: Swap) -> None:
+        request = swap.request
+        self._expect(s, t, request, RUNNING, "is swapped out")
+        table = s.table.get(request, ())
+        if tuple(block for block, _ in swap.pairs) != table:
+            raise self._error(t, request, f"swaps out blocks other than its table {table}")
+        slots = tuple(slot for _, slot in swap.pairs)
+        taken = {slot for others in s.hosted.values() for slot in others}
+        if len(set(slots)) < len(slots) or taken & set(slots):
+            raise self._error(t, request, f"is swapped out to host slots {slots}, which are not all free")
+        computed = s.computed.get(request, 0)
+        self._drop(s, request)
+        s.computed[request], s.hosted[request], s.state[request] = computed, slots, SWAPPED
+
+    def _swap_in(self, s: _State, t: int, swap: Swap) -> None:
+        request = swap.request
+        self._expect(s, t, request, SWAPPED, "is swapped in")
+        if tuple(slot for _, slot in swap.pairs) != s.hosted.pop(request):
+            raise self._error(t, request, "swaps in other host slots than it was swapped out to")
+        self._grant(s, t, request, tuple(block for block, _ in swap.pairs))
+        s.state[request] = RUNNING
+
+    def _copy(self, s: _State, t: int, copy: Copy) -> None:
+        table = s.table.get(copy.request, ())
+        if not 0 <= copy.entry < len(table) or table[copy.entry] != copy.source:
+            raise self._error(
+                t, copy.request, f"copies block {copy.source}, which is not entry {copy.entry} of its table"
+            )
+        self._take(s, t, copy.request, copy.destination)
+        self._release(s, copy.source)
+        s.table[copy.request] = (*table[: copy.entry], copy.destination, *table[copy.entry + 1 :])
+
+    def _check(self, s: _State, t: int, chunk: Chunk, copies: tuple[Copy, ...]) -> int:
+        """Whether the request can run these tokens; how many of the chunk's blocks are shared with others."""
         request = chunk.request
-        if self._state_of(s, t, request) == FINISHED and token < 0:
-            return  # planned before its request was known to have ended, and ignored by the engine too
-        if s.state[request] not in (WAITING, RUNNING):
+        if self._state_of(s, t, request) not in (WAITING, RUNNING):
             raise self._error(t, request, f"runs although it is {s.state[request]}")
         computed = s.computed.get(request, 0)
         total = len(self.trace.requests[request].prompt_ids) + len(s.outputs.get(request, ()))
@@ -182,7 +208,14 @@ class Replay:
             raise self._error(
                 t, request, f"starts at token {chunk.start} although only {computed + chunk.cached} have K/V"
             )
-        self._grant(s, t, request, chunk.blocks, chunk.cached)
+        if not self.block_size:
+            return 0
+        held = len(s.table.get(request, ()))
+        copied = [copy.entry + 1 - held for copy in copies if copy.request == request]
+        return min(max(-(-chunk.cached // self.block_size), *copied, 0), len(chunk.blocks))
+
+    def _run(self, s: _State, t: int, chunk: Chunk, token: int) -> None:
+        request = chunk.request
         s.state[request] = RUNNING
         if self.num_blocks:
             room = len(s.table.get(request, ())) * self.block_size
@@ -204,21 +237,26 @@ class Replay:
         s.hosted.pop(request, None)
         s.state[request], s.reason[request] = FINISHED, reason
 
-    def _fork(self, s: _State, t: int, parent: int, child: int) -> None:
-        self._state_of(s, t, child)
-        self._state_of(s, t, parent)
+    def _fork(self, s: _State, t: int, parent: int, child: int, waits: bool) -> None:
+        """The child goes on from where the parent is; one that has to wait takes over the outputs only."""
+        self._expect(s, t, child, WAITING if waits else NOT_ARRIVED, f"is forked from request {parent}")
+        state = self._state_of(s, t, parent)
+        s.outputs[child] = s.outputs.get(parent, ())
+        if waits:
+            return
+        if state not in (WAITING, RUNNING):
+            raise self._error(t, child, f"is forked from request {parent}, which is {state}")
         table = s.table.get(parent, ())
         for block in table:
             s.refs[block] += 1
-        s.table[child], s.computed[child] = table, s.computed.get(parent, 0)
-        s.outputs[child], s.state[child] = s.outputs.get(parent, ()), s.state[parent]
+        s.table[child], s.computed[child], s.state[child] = table, s.computed.get(parent, 0), state
 
-    def _grant(self, s: _State, t: int, request: int, blocks: tuple[int, ...], cached: int) -> None:
+    def _grant(self, s: _State, t: int, request: int, blocks: tuple[int, ...], shared: bool = False) -> None:
+        """Append to the request's table."""
         if not blocks:
             return
-        hits = -(-cached // self.block_size) if cached else 0
-        for position, block in enumerate(blocks):
-            self._take(s, t, request, block, shared=position < hits)
+        for block in blocks:
+            self._take(s, t, request, block, shared)
         s.table[request] = (*s.table.get(request, ()), *blocks)
 
     def _take(self, s: _State, t: int, request: int, block: int, shared: bool = False) -> None:
@@ -277,4 +315,5 @@ class Replay:
             block_tokens=held,
             new_blocks=s.new,
             hit_blocks=s.hits,
+            hosted=s.hosted,
         )

@@ -67,3 +67,18 @@ def test_the_trace_tells_the_truth(events, how, size, spare):
             if state in ("running", "swapped"):
                 assert now.computed[request] == computed
     assert engine.cache.free_tokens == engine.cache.capacity_tokens
+
+
+def test_a_block_that_a_copy_let_go_is_given_out_in_the_same_step():
+    llm = LLM("tiny-random", stage=2, max_model_len=16, block_size=4, num_blocks=4, trace=True)
+    greedy = SamplingParams(max_tokens=4, temperature=0.0, ignore_eos=True)
+    for prompt in ([5] * 6, [6] * 4):
+        llm.engine.add_request(prompt, greedy)
+    llm.engine.step()
+    child = llm.engine.fork(0)
+    llm.engine.step()
+    plan = llm.trace.steps[-1].plan
+    (copy,) = plan.copies
+    assert plan.preempted == (child,)
+    assert copy.source in [block for chunk in plan.chunks for block in chunk.blocks]
+    assert Replay(llm.trace).after(-1).refs == Counter(b for r in llm.engine.requests.values() for b in r.blocks)

@@ -1,11 +1,13 @@
 """Replay against hand-made plans and a simulator that keeps its own books."""
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from stepengine.core.plan import Chunk, Copy, RequestInfo, StepPlan, StepRecord, Swap
 from stepengine.errors import TraceError
 from stepengine.trace import Replay, Trace
-from tests.trace.synthetic import EXAMPLE, simulate
+from tests.trace.synthetic import EXAMPLE, Job, simulate, simulate_paged
 
 
 def handmade(*records: StepRecord, prompts=(5, 3), block_size=4, num_blocks=6) -> Trace:
@@ -124,6 +126,17 @@ def test_swap_and_abort():
         ([step(3, preempted=(0,), arrived=(0,))], "step 3, request 0 is preempted although it is waiting"),
         ([step(3, Chunk(0, 0, 5, (1, 2)), arrived=(0,), copies=(Copy(0, 2, 1, 3),))], "not entry 2 of its table"),
         ([step(3, Chunk(0, 0, 5, (1, 2)), arrived=(0,), tokens=(1, 2))], "1 chunks but 2 token ids"),
+        ([step(3, Chunk(0, 0, 5, (1, 2))), step(4, forked=((1, 0),))], "request 0 is forked from request 1 although"),
+        ([step(3, Chunk(0, 0, 5, (1, 2))), step(4, swapped_out=(Swap(0, ((2, 1), (1, 2))),))], "blocks other than"),
+        ([step(3, Chunk(0, 0, 5, (1, 2))), step(4, swapped_out=(Swap(0, ((1, 1), (2, 1))),))], "not all free"),
+        (
+            [
+                step(3, Chunk(0, 0, 5, (1, 2))),
+                step(4, swapped_out=(Swap(0, ((1, 1), (2, 2))),)),
+                step(5, swapped_in=(Swap(0, ((1, 2), (2, 1))),)),
+            ],
+            "step 5, request 0 swaps in other host slots",
+        ),
     ],
 )
 def test_inconsistencies_name_step_and_request(records, complaint):
@@ -141,3 +154,49 @@ def test_a_step_outside_the_trace():
         replay.at(17)
     with pytest.raises(TraceError):
         Replay(Trace({})).at(0)
+
+
+JOBS = st.lists(
+    st.builds(Job, st.integers(1, 13), st.integers(1, 9), st.integers(1, 4), st.integers(0, 1), st.integers(0, 12)),
+    min_size=1,
+    max_size=5,
+)
+
+
+@given(JOBS, st.sampled_from(["recompute", "swap"]), st.integers(6, 14), st.integers(1, 9), st.integers(0, 6))
+@settings(max_examples=80, deadline=None)
+def test_replay_equals_the_books_of_a_simulator_that_shares_copies_and_swaps(jobs, preemption, blocks, hosts, forked):
+    run = simulate_paged(jobs, 5, 4, blocks, preemption, hosts, {forked: 0} if jobs[0].arrival < forked else {})
+    replay = Replay(run.trace)
+    for snapshot, (state, table, refs, computed, outputs) in zip(replay, run.books, strict=True):
+        later = {r: "not arrived" for r in run.trace.requests if r not in state}
+        assert snapshot.state == state | later
+        assert {r: blocks for r, blocks in snapshot.table.items() if blocks} == {r: b for r, b in table.items() if b}
+        assert snapshot.refs == refs
+        held = {r for r, s in state.items() if s in ("running", "swapped")}
+        assert {r: snapshot.computed[r] for r in held} == {r: computed[r] for r in held}
+        assert {r: snapshot.outputs[r] for r in outputs} == outputs
+        assert set(snapshot.hosted) == {r for r, s in state.items() if s == "swapped"}
+        assert snapshot.block_tokens.keys() == refs.keys()
+    assert replay.after(-1).refs == {} and replay.after(-1).hosted == {}
+
+
+def test_samples_share_the_prompt_and_copy_its_last_block_on_the_first_write():
+    trace = simulate_paged([Job(prompt=10, output=3, n=3)]).trace
+    prompt, others, decode = (Replay(trace).at(t) for t in range(3))
+    assert prompt.table[0] == (1, 2, 3) and prompt.computed[0] == 10 and prompt.state[1] == "waiting"
+    assert others.table == {0: (1, 2, 3), 1: (1, 2, 4), 2: (1, 2, 5)} and others.refs == {1: 3, 2: 3, 3: 1, 4: 1, 5: 1}
+    assert others.hit_blocks == {1, 2, 3} and others.new_blocks == {4, 5}
+    assert others.block_tokens == {1: 4, 2: 4, 3: 2, 4: 2, 5: 2} and others.computed == {0: 10, 1: 10, 2: 10}
+    assert decode.computed == {0: 11, 1: 11, 2: 11} and not decode.new_blocks
+    assert not any(record.plan.copies for record in simulate_paged([Job(8, 3, n=3)]).trace.steps)  # ends on a boundary
+
+
+def test_a_fork_that_has_to_wait_takes_over_the_tokens_only():
+    first = step(0, Chunk(0, 0, 5, (1, 2)), arrived=(0,))
+    now = handmade(first, step(1, Chunk(0, 5, 1), forked=((0, 1),)), prompts=(5, 5))
+    later = handmade(first, step(1, Chunk(0, 5, 1), arrived=(1,), forked=((0, 1),)), prompts=(5, 5))
+    shared, alone = Replay(now).at(1), Replay(later).at(1)
+    assert shared.table[1] == (1, 2) and shared.refs == {1: 2, 2: 2} and shared.state[1] == "running"
+    assert alone.table[1] == () and alone.refs == {1: 1, 2: 1} and alone.state[1] == "waiting"
+    assert alone.outputs[1] == shared.outputs[1] == (9,) and (alone.computed[1], shared.computed[1]) == (0, 5)
