@@ -153,9 +153,11 @@ class PagedScheduler:
 
     def _needs(self, tokens: int) -> str:
         size, free = self.limits.block_size, self.cache.free_tokens // self.limits.block_size
-        needed = -(-tokens // size)
-        said = f"it needs {needed} block{'s' if needed != 1 else ''}, {free} {'is' if free == 1 else 'are'} free"
-        return said if needed > free else f"{said} and {self.kept_back // size} of them kept back for those that run"
+        needed, kept = -(-tokens // size), self.kept_back // size
+        beside = "" if needed > free else f" beside the {kept} kept back for those that run"
+        return (
+            f"it needs {needed} block{'s' if needed != 1 else ''}{beside}, {free} {'is' if free == 1 else 'are'} free"
+        )
 
     def _start(self, request: Request) -> None:
         self.waiting.remove(request)

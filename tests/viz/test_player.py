@@ -104,17 +104,20 @@ def test_a_preemption_is_told_with_its_need_and_the_return_with_its_cost() -> No
     for t in steps:
         victim = trace.steps[t].plan.preempted[0]
         label, gone = "ABC"[victim], len(Replay(trace).after(t - 1).table[victim])
-        need, free, given = re.search(rf"(\d+) blocks? (?:is|are) needed, (\d+) free: {label}, the youngest, gives back (\d+) block", texts[t]).groups()  # type: ignore[union-attr]  # noqa: E501  # fmt: skip
+        need, free, given = re.search(rf"(\d+) blocks?, (\d+) free: {label}, the youngest(?: running)?, gives back (\d+) block", texts[t]).groups()  # type: ignore[union-attr]  # noqa: E501  # fmt: skip
         assert int(need) > int(free) and int(given) == gone
-    assert sum(text.count("resumes: nothing was kept") for text in texts) == sum(
-        len(record.plan.preempted) for record in trace.steps
-    )
+    returns = [t for t, text in enumerate(texts) if "nothing was kept" in text]
+    assert returns
+    for t in returns:
+        who, ran, again = re.search(r"([A-C and,]+) resumes?: nothing was kept, (\d+) tokens run, (\d+) of them again", texts[t]).groups()  # type: ignore[union-attr]  # noqa: E501  # fmt: skip
+        assert (int(ran), int(again)) == (brute(trace)[t]["ran"], brute(trace)[t]["again"])
+        assert {"ABC"[chunk.request] for chunk in trace.steps[t].plan.chunks} == set(re.findall("[A-C]", who))
 
 
 def test_prefix_hits_chunks_and_aborts_have_words() -> None:
     trace = Trace({"stage": "4", "block_size": 4, "num_blocks": 9, "max_model_len": 32})
     for i in range(3):
-        trace.add_request(RequestInfo(i, tuple(range(10)), 5))
+        trace.add_request(RequestInfo(i, tuple(range(10)), 5, group=i))
     trace.append(StepRecord(StepPlan(0, (Chunk(0, 0, 6, (1, 2)),), (0, 1, 2)), (-1,)))
     trace.append(StepRecord(StepPlan(1, (Chunk(0, 6, 4, (3,)),)), (7,)))
     trace.append(StepRecord(StepPlan(2, (Chunk(0, 10, 1), Chunk(1, 8, 2, (1, 2, 4), cached=8))), (7, 7)))

@@ -87,7 +87,7 @@ function buildSchedule(data, width) {
   root.append(back, svg("g", { "clip-path": `url(#${id}v)` }, moving), labels);
 
   const box = (t, high) => `M${(t * cell + gap).toFixed(2)} ${((rowHeight - high) / 2).toFixed(2)}h${(cell - 2 * gap).toFixed(2)}v${high.toFixed(2)}h${(-(cell - 2 * gap)).toFixed(2)}z`;
-  const work = data.requests.map(() => ({ tall: "", low: "", counts: [], hits: [], away: [] }));
+  const work = data.requests.map(() => ({ tall: "", low: "", counts: [], hits: [], away: [], out: [], back: [] }));
   const total = data.steps.reduce((sum, s) => sum + s.chunks.length, 0);
   data.steps.forEach((s, t) => {
     for (const [r, start, length, fresh, cached, , isTall] of s.chunks) {
@@ -97,6 +97,8 @@ function buildSchedule(data, width) {
       if (cached) work[r].hits.push(t);
     }
     for (const r of s.preempted || []) work[r].away.push(t);
+    for (const r of s.out || []) work[r].out.push(t);
+    for (const r of s.back || []) work[r].back.push(t);
   });
 
   const rows = data.requests.map((request, r) => {
@@ -125,6 +127,14 @@ function buildSchedule(data, width) {
     for (const t of work[r].hits) pastRow.append(svg("path", { class: "sp-wedge", d: `M${t * cell} 0h${cell}l${-cell / 2} ${Math.min(6, rowHeight / 4)}z` }));
     const arm = Math.min(4, cell / 3);
     for (const t of work[r].away) pastRow.append(svg("path", { class: "sp-cross", d: `M${(t + 0.5) * cell - arm} ${y - arm}l${2 * arm} ${2 * arm}m0 ${-2 * arm}l${-2 * arm} ${2 * arm}` }));
+    const arrow = (t, up) => {
+      const [top, bottom] = up ? [y + tall / 2, y - tall / 2] : [y - tall / 2, y + tall / 2]; // out: down to the host
+      const x = (t + 0.5) * cell;
+      const lean = up ? -arm : arm;
+      return svg("path", { class: "sp-move", d: `M${x} ${top}V${bottom}m${-arm} ${-lean}l${arm} ${lean}l${arm} ${-lean}` });
+    };
+    for (const t of work[r].out) pastRow.append(arrow(t, false));
+    for (const t of work[r].back) pastRow.append(arrow(t, true));
     const groups = [backRow, label, pastRow, nextRow];
     if (request.end >= 0) {
       const ring = () => svg("circle", { class: "sp-ring", cx: (request.end + 1) * cell, cy: y, r: Math.min(3.4, cell / 3) });
@@ -150,17 +160,20 @@ function buildSchedule(data, width) {
   const key = html("div", { class: "sp-key" });
   const element = panel("schedule", "Schedule", "who runs when, and how many tokens", root, fold, key);
   key.append(...scheduleKey(data, work).map((text) => html("span", {}, text)));
-  element.sp = { width, cell, left, columns, rowHeight, rows, moving, cursor, fold, past: pastClip.firstChild, next: nextClip.firstChild };
+  element.sp = { width, cell, left, columns, rowHeight, rows, moving, cursor, fold, axis, font, past: pastClip.firstChild, next: nextClip.firstChild };
   return element;
 }
 
 function scheduleKey(data, work) {
   const texts = [data.layout === "none" ? "tall: the prompt, and all tokens so far again, with their number" : "tall: prompt tokens, with their number"];
+  const short = data.layout === "blocks" && data.size === "room"; // more signs, and no more room
+  if (short) texts[0] = "tall: prompt tokens";
   if (work.some((w) => w.low)) texts.push("low: one token");
   if (data.requests.some((request) => request.wait.length)) texts.push("dotted: waiting");
   if (data.requests.some((request) => request.idle.length)) texts.push("hatched: idle slot");
   if (work.some((w) => w.away.length)) texts.push("✕ preempted");
-  if (work.some((w) => w.hits.length)) texts.push("▾ found in the cache");
+  if (work.some((w) => w.out.length)) texts.push("↓ to the host, ↑ back", ...(short ? [] : ["dashed: on the host"]));
+  if (work.some((w) => w.hits.length)) texts.push(!data.anyShared ? "▾ found in the cache" : short ? "▾ shared" : "▾ starts from shared blocks");
   if (data.requests.some((request) => request.end >= 0)) texts.push("○ ended");
   texts.push("outline: still to come");
   return texts;
@@ -187,6 +200,11 @@ function moveSchedule(element, data, step) {
       }
     });
   }
+  for (const tick of sp.axis.children) { // a number cut in two would be another number
+    const from = Number(tick.getAttribute("x")) - first * sp.cell;
+    const half = tick.textContent.length * sp.font * 0.32;
+    tick.style.visibility = from - half < -3 || from + half > sp.width - sp.left ? "hidden" : "";
+  }
   sp.rows.forEach((groups, r) => {
     if (groups.ring) groups.ring.style.visibility = data.requests[r].end <= step ? "" : "hidden";
   });
@@ -212,7 +230,10 @@ function tokens(data, step) {
     if (start) bar.append(html("i", { class: "sp-kept", style: share(start) }));
     if (length - fresh) bar.append(html("i", { class: "sp-again", "data-r": r, style: share(length - fresh) }));
     if (fresh) bar.append(html("i", { class: "sp-new", "data-r": r, style: share(fresh) }));
-    const note = [length - fresh ? `${length - fresh} again` : "", start ? `${start} ${cached ? "found" : "kept"}` : "", fresh ? `${fresh} new` : ""].filter(Boolean).join(" + ");
+    const found = data.anyShared ? "shared" : "found";
+    const kept = cached > start ? `${cached} ${found}` : start ? `${start} ${cached ? found : "kept"}` : "";
+    const ran = cached > start ? `${length} rerun` : fresh ? `${fresh} new` : ""; // a prompt found whole: its last token runs even so
+    const note = [length - fresh ? `${length - fresh} again` : "", kept, ran].filter(Boolean).join(" + ");
     list.append(html("div", { class: "sp-line", "data-r": r }, chip(data, r), bar, html("span", { class: "sp-note" }, note)));
   }
   const rest = chunks.slice(shown.length);
@@ -246,7 +267,8 @@ function bytes(count) {
   return `${unit ? count.toPrecision(3) : count} ${units[unit]}`;
 }
 
-function kv(data, step) {
+function kv(data, step, hot, old) {
+  if (data.layout === "blocks") return blockMap(data, step, hot, old);
   const s = data.steps[step];
   if (data.layout === "none") {
     const ran = s.chunks.reduce((sum, c) => sum + c[2], 0);
@@ -302,7 +324,7 @@ const visible = (text) => text.replace(/\r?\n/g, "↵").replace(/\t/g, "→");
 
 function requestText(data, step, r) {
   const request = data.requests[r];
-  const count = request.tokens.filter((t) => t <= step).length;
+  const count = request.arrived > step ? 0 : request.tokens.filter((t) => t <= step).length; // a fork has its parent's
   const fresh = request.tokens[count - 1] === step ? 1 : 0;
   const line = html("p", request.pieces.length ? {} : { class: "sp-short" });
   const state = stateOf(request, step);
@@ -330,14 +352,18 @@ function stateOf(request, step) {
   return "running";
 }
 
-function texts(data, step, hot) {
+// The requests that a panel of one line each lists: all, or those that are pointed at, named, at work, alive.
+function shownRequests(data, step, hot) {
   const all = data.requests.map((_, r) => r);
   const limit = LINES[data.size];
-  let shown = all;
-  if (all.length > limit) {
-    const wanted = [...hot, ...data.steps[step].named, ...data.steps[step].chunks.map((c) => c[0]), ...all.filter((r) => stateOf(data.requests[r], step) !== "finished"), ...all];
-    shown = [...new Set(wanted)].slice(0, limit).sort((a, b) => a - b);
-  }
+  if (all.length <= limit) return all;
+  const wanted = [...hot, ...data.steps[step].named, ...data.steps[step].chunks.map((c) => c[0]), ...all.filter((r) => stateOf(data.requests[r], step) !== "finished"), ...all];
+  return [...new Set(wanted)].slice(0, limit).sort((a, b) => a - b);
+}
+
+function texts(data, step, hot) {
+  const all = data.requests;
+  const shown = shownRequests(data, step, hot);
   const list = shown.map((r) => requestText(data, step, r));
   const more = all.length > shown.length ? html("div", { class: "sp-fold" }, `and ${plural(all.length - shown.length, "more request")}`) : "";
   const key = html("div", { class: "sp-key" });
@@ -347,12 +373,26 @@ function texts(data, step, hot) {
 
 // --- the player -------------------------------------------------------------------------------------------------
 
-const PANELS = { schedule, tokens, kv, texts };
+const PANELS = { schedule, tokens, kv, tables: blockTables, texts };
+
+// The chunks and token steps that were left out because they follow from the ones before.
+function unpack(data) {
+  const ends = [];
+  for (const s of data.steps) {
+    s.chunks = s.chunks.map((c) => (typeof c === "number" ? [c, ends[c], 1, 1, 0, 1, 0] : c));
+    for (const [r, start, length] of s.chunks) ends[r] = start + length;
+  }
+  for (const request of data.requests) {
+    request.tokens = request.tokens.flatMap(([a, b]) => Array.from({ length: b - a + 1 }, (_, i) => a + i));
+  }
+}
 
 function prepare(text, size) {
   const data = JSON.parse(text);
   data.size = size;
   data.widths = {};
+  unpack(data);
+  if (data.layout === "blocks") addTables(data);
   const chunks = data.steps.flatMap((s) => s.chunks);
   data.longest = chunks.reduce((most, c) => Math.max(most, c[1] + c[2]), 1);
   data.mostChunks = data.steps.reduce((most, s) => Math.max(most, s.chunks.length), 1);
@@ -432,7 +472,7 @@ function render({ model, el }) {
   root.append(head, sentence, grid);
   const places = {};
   data.panels.forEach((name) => {
-    const right = columns.length > 1 && (name === "kv" || name === "texts" || (data.panels.length === 2 && name === data.panels[1]));
+    const right = columns.length > 1 && (["kv", "tables", "texts"].includes(name) || (data.panels.length === 2 && name === data.panels[1]));
     places[name] = html("div", {});
     columns[right ? 1 : 0].append(places[name]);
   });
@@ -447,6 +487,7 @@ function render({ model, el }) {
       }
     }
     if (changed) fitSentence();
+    data.top = grid.getBoundingClientRect().top - root.getBoundingClientRect().top;
     return changed;
   }
 
@@ -487,7 +528,7 @@ function render({ model, el }) {
     for (const name of data.panels) {
       if (only && !only.includes(name)) continue;
       const old = places[name].firstElementChild;
-      const made = PANELS[name](data, step, hot, old);
+      const made = PANELS[name](data, step, hot, old, pinned);
       if (made !== old) places[name].replaceChildren(made);
     }
     sentence.textContent = s.say;
@@ -512,8 +553,8 @@ function render({ model, el }) {
   const hover = (r) => {
     if (r === hovered) return;
     hovered = r;
-    const refold = data.requests.length > LINES[size] && data.panels.includes("texts");
-    refold && r < 0 ? draw(["texts"]) : paint();
+    const refold = data.requests.length > LINES[size] && (data.panels.includes("texts") || data.panels.includes("tables"));
+    refold && r < 0 ? draw(["texts", "tables"]) : paint();
   };
   const pin = (r) => {
     pinned.has(r) ? pinned.delete(r) : pinned.add(r);
@@ -559,8 +600,8 @@ function render({ model, el }) {
   };
   const onStep = () => draw();
   const onData = () => {
-    const widths = data.widths;
-    data = Object.assign(prepare(model.get("data"), size), { widths });
+    const { widths, top } = data;
+    data = Object.assign(prepare(model.get("data"), size), { widths, top });
     for (const name of Object.keys(places)) places[name].replaceChildren();
     draw();
   };
