@@ -6,12 +6,25 @@ from typing import Any
 
 import torch
 
+from stepengine.contracts.paged_exercises import check_copies, check_pick_victim, check_slot
 from stepengine.contracts.report import Promise, Report, expect, run_promises
 from stepengine.core.kv_pool import KVPool
 from stepengine.core.request import Request, SamplingParams
 from stepengine.core.seams import KVCache, Limits
 from stepengine.model.config import ModelConfig
 from stepengine.model.tiny import tiny_config
+
+__all__ = [
+    "check_continuous_steps",
+    "check_copies",
+    "check_greedy_generate",
+    "check_kv_bytes_per_token",
+    "check_my_cache",
+    "check_pick_victim",
+    "check_slot",
+    "check_static_steps",
+    "check_tokens_computed",
+]
 
 
 def check_greedy_generate(greedy_generate: Callable[..., list[int]], llm: Any) -> Report:

@@ -3,13 +3,14 @@
 import random
 from collections.abc import Callable
 
+from stepengine.contracts.paged_cache import paged_promises
 from stepengine.contracts.report import Promise, Report, expect, run_promises
 from stepengine.core.request import Request, SamplingParams, State
 from stepengine.core.seams import KVCache, Limits
 
 
 def _request(number: int, tokens: int) -> Request:
-    request = Request(number, [1] * tokens, SamplingParams(), max_len=1 << 30)
+    request = Request(number, [1] * tokens, SamplingParams(), max_len=1 << 30, group=number)
     request.state = State.RUNNING
     return request
 
@@ -58,14 +59,21 @@ class _Driver:
         expect(not request.blocks, f"release(request {number}) left blocks {request.blocks} in its table")
 
 
-def check_kv_cache(make: Callable[[Limits], KVCache], block_size: int = 64, num_blocks: int = 4) -> Report:
+def check_kv_cache(
+    make: Callable[[Limits], KVCache], block_size: int = 64, num_blocks: int = 4, max_model_len: int | None = None
+) -> Report:
     """Check a cache, made by `make(limits)`, with `num_blocks` blocks of `block_size` tokens.
 
-    `max_model_len` is one block, so a block is a slot; with `block_size` 0 nothing is stored. A cache that
-    keeps less than was computed passes: it is wasteful, not wrong. Never raises; see the report.
+    Unless `max_model_len` is above `block_size`, a block is a slot; with `block_size` 0 nothing is stored.
+    Above it, blocks are pages, and thrift, copies on a write, forks and swaps are checked too (the last two
+    where the cache has them). A cache that keeps less than was computed passes: it is wasteful, not wrong.
+    Never raises; see the report.
     """
-    longest = block_size or 64
+    longest = max_model_len or block_size or 64
     limits = Limits(num_blocks, 2 * longest, longest, block_size, num_blocks if block_size else 0)
+    paged = 0 < block_size < longest
+    longest = min(longest, num_blocks * block_size) if paged else longest
+    remarks: list[str] = []
     slack: list[int] = []
 
     def fresh() -> None:
@@ -128,6 +136,12 @@ def check_kv_cache(make: Callable[[Limits], KVCache], block_size: int = 64, num_
             free, capacity = driver.cache.free_tokens, driver.cache.capacity_tokens
             expect(free == capacity, f"after {size} random operations {free} of {capacity} tokens are free")
 
+    def paged_rest() -> list[Promise]:
+        try:
+            return paged_promises(make, limits, remarks)
+        except Exception:  # it cannot even be made, as the first promise has told
+            return []
+
     report = run_promises(
         f"KV cache {getattr(make, '__name__', make)}",
         [
@@ -138,8 +152,10 @@ def check_kv_cache(make: Callable[[Limits], KVCache], block_size: int = 64, num_
             Promise("a full cache answers None and changes nothing", full, "check for room before taking any"),
             Promise("release gives everything back", whole, "every block in request.blocks is free again"),
             Promise("no block is ever in two tables, in any order", any_order, "take a block off the free list once"),
+            *(paged_rest() if paged else ()),
         ],
     )
     if report.ok and any(slack):
         report.remarks.append(f"wasteful: up to {max(slack)} computed tokens are forgotten and computed again")
+    report.remarks += remarks if report.ok else []
     return report

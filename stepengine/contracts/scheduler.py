@@ -1,126 +1,13 @@
 """What the engine relies on in a scheduler. No model runs: the check plays the device and the cache."""
 
 import random
-from collections.abc import Callable
-from typing import NamedTuple
+from collections.abc import Callable, Iterator
+from typing import Any
 
+from stepengine.contracts.played import PAGE, Job, Memory, Pages, Run
 from stepengine.contracts.report import Promise, Report, expect, run_promises
-from stepengine.core.plan import StepPlan
-from stepengine.core.request import Request, SamplingParams, State
-from stepengine.core.seams import Grant, KVCache, Limits, Scheduler
-
-
-class _Places:
-    """The plainest cache: as many places as blocks, each for one request."""
-
-    def __init__(self, limits: Limits) -> None:
-        self.free = list(range(limits.num_blocks, 0, -1))
-        self.size = limits.block_size
-        self.capacity_tokens = limits.num_blocks * limits.block_size
-
-    @property
-    def free_tokens(self) -> int:
-        return len(self.free) * self.size
-
-    def match(self, request: Request) -> int:
-        return 0
-
-    def grow(self, request: Request, upto: int) -> Grant | None:
-        if request.blocks:
-            return Grant()
-        return Grant((self.free.pop(),)) if self.free else None
-
-    def commit(self, request: Request, upto: int) -> int:
-        return upto
-
-    def release(self, request: Request) -> None:
-        self.free.extend(request.blocks)
-        request.blocks.clear()
-
-
-class Job(NamedTuple):
-    """A request of a case: prompt and output lengths, priority, the step before which it arrives."""
-
-    prompt: int
-    output: int
-    priority: int = 0
-    arrives: int = 0
-
-
-class _Run:
-    """One case, run to its end with every plan checked on the way."""
-
-    def __init__(self, make: Callable[[Limits, KVCache], Scheduler], jobs: list[Job], places: int) -> None:
-        longest = max(job.prompt + job.output for job in jobs)
-        self.limits = Limits(places, max(longest, 64), longest, longest, places)
-        self.cache = _Places(self.limits)
-        self.scheduler = make(self.limits, self.cache)
-        self.jobs = jobs
-        self.case = f"{places} places, (prompt, output) = {[(job.prompt, job.output) for job in jobs]}"
-        self.requests: dict[int, Request] = {}
-        self.started: list[int] = []  # request ids in the order of their first chunk
-        self.idle_places = 0  # place-steps that stood empty although somebody waited
-        self.steps = 0
-
-    def add(self, number: int) -> None:
-        job = self.jobs[number]
-        params = SamplingParams(max_tokens=job.output, temperature=0.0)
-        request = Request(number, [1] * job.prompt, params, job.prompt + job.output, priority=job.priority)
-        self.requests[number] = request
-        self.scheduler.add(request)
-
-    def step(self) -> StepPlan:
-        before = {number: request.scheduled for number, request in self.requests.items()}
-        plan = self.scheduler.plan()
-        self.steps += 1
-        expect(bool(plan.chunks), f"{self.case}: step {plan.step} plans nothing although requests are there")
-        seen: set[int] = set()
-        for chunk in plan.chunks:
-            where = f"{self.case}: step {plan.step}, request {chunk.request}"
-            expect(chunk.request in self.requests, f"{where} was never added")
-            request = self.requests[chunk.request]
-            expect(chunk.request not in seen, f"{where} has two chunks")
-            expect(request.state is State.RUNNING, f"{where} is planned while {request.state.value}")
-            expect(chunk.start == before[request.id], f"{where} starts at {chunk.start}, not {before[request.id]}")
-            expect(1 <= chunk.length <= request.num_tokens - chunk.start, f"{where} runs {chunk.length} tokens")
-            expect(request.scheduled == chunk.end, f"{where}: scheduled is {request.scheduled}, not {chunk.end}")
-            expect(bool(request.blocks), f"{where} runs without room for its K/V")
-            seen.add(chunk.request)
-            if chunk.request not in self.started:
-                self.started.append(chunk.request)
-        live = [request for request in self.requests.values() if request.state is State.RUNNING]
-        many = f"{self.case}: {len(live)} requests run in step {plan.step}"
-        expect(len(live) <= self.limits.max_num_seqs, many)
-        expect(plan.num_tokens <= self.limits.max_num_batched_tokens, f"{self.case}: {plan.num_tokens} tokens at once")
-        waiting = any(request.state is State.WAITING for request in self.requests.values())
-        if waiting:
-            self.idle_places += self.limits.max_num_seqs - len(live)
-        tokens = [7 if chunk.end == self.requests[chunk.request].num_tokens else -1 for chunk in plan.chunks]
-        for number, reason in self.scheduler.update(plan, tokens):
-            request = self.requests[number]
-            said = f"{self.case}: request {number} was reported finished after {request.num_outputs} outputs"
-            expect(request.state is State.FINISHED and request.num_outputs == self.jobs[number].output, said)
-            expect(reason == "length", f"{said}, for {reason!r}")
-        for request in live:
-            done = request.num_outputs >= self.jobs[request.id].output
-            over = f"{self.case}: request {request.id} has all its outputs but is still {request.state.value}"
-            expect(not done or request.state is State.FINISHED, over)
-        return plan
-
-    def to_end(self) -> "_Run":
-        limit = sum(job.output + 2 for job in self.jobs) + len(self.jobs) + max(job.arrives for job in self.jobs)
-        left = sorted(range(len(self.jobs)), key=lambda number: self.jobs[number].arrives)
-        while left or not self.scheduler.idle():
-            while left and (self.jobs[left[0]].arrives <= self.steps or self.scheduler.idle()):
-                self.add(left.pop(0))
-            self.step()
-            stuck = [number for number, request in self.requests.items() if request.state is not State.FINISHED]
-            expect(self.steps <= limit, f"{self.case}: requests {stuck} have not ended after {self.steps} steps")
-        short = [number for number, request in self.requests.items() if request.state is not State.FINISHED]
-        expect(not short, f"{self.case}: idle() although requests {short} have not ended")
-        held = len(self.cache.free) * self.limits.block_size
-        expect(held == self.cache.capacity_tokens, f"{self.case}: {held} of {self.cache.capacity_tokens} tokens free")
-        return self
+from stepengine.core.request import State
+from stepengine.core.seams import Limits, Scheduler
 
 
 def _cases() -> list[tuple[list[Job], int]]:
@@ -140,27 +27,55 @@ def _cases() -> list[tuple[list[Job], int]]:
     return cases
 
 
-def check_scheduler(make: Callable[[Limits, KVCache], Scheduler], continuous: bool = True) -> Report:
+def tight_cases() -> list[tuple[list[Job], int, int]]:
+    """Jobs, places and blocks of which the last are too few; small to large."""
+    cases = [
+        ([Job(4, 6), Job(4, 6)], 2, 4),
+        ([Job(3, 9), Job(3, 9), Job(3, 9)], 3, 6),
+        ([Job(3, 9, 1), Job(3, 9, 0, 1), Job(3, 9, 2, 1)], 3, 6),
+        ([Job(3, 9, 1), Job(3, 9, 1), Job(3, 9, 0, 1)], 3, 6),
+        ([Job(4, 16), *(Job(2, 6, arrives=step) for step in (1, 3, 5, 7))], 3, 5),
+    ]
+    for size in (6, 9, 14):
+        rng = random.Random(size)
+        jobs = [
+            Job(rng.randint(1, 9), rng.randint(2, 12), rng.choice((0, 0, 1)), rng.randint(0, 9)) for _ in range(size)
+        ]
+        largest = max(-(-(job.prompt + job.output) // PAGE) for job in jobs)
+        cases.append((jobs, rng.randint(2, 5), largest + rng.randint(0, 3)))
+    return cases
+
+
+def check_scheduler(
+    make: Callable[[Limits, Any], Scheduler], continuous: bool = True, preempts: bool = False
+) -> Report:
     """Check a scheduler, made by `make(limits, cache)`.
 
     continuous: also require that a place which falls free is taken in the very next step (static
-    batching does not promise that). Never raises; see the report.
+    batching does not promise that). preempts: it gives its requests small blocks, and makes some give
+    way, by recompute or by swap, when the pool is too small for all. Never raises; see the report.
     """
+
+    def case(jobs: list[Job], places: int) -> Run:
+        if not preempts:
+            return Run(make, jobs, places)
+        each = -(-max(job.prompt + job.output for job in jobs) // PAGE)
+        return Run(make, jobs, places, Memory((places + 1) * each + 1))  # ample
 
     def ends() -> None:
         for jobs, places in _cases():
-            _Run(make, jobs, places).to_end()
+            case(jobs, places).to_end()
 
     def order() -> None:
         for priorities in ([0, 0, 0], [1, 0, 2], [2, 1, 0, 0, 1]):
             jobs = [Job(2, 2, priority) for priority in priorities]
-            run = _Run(make, jobs, 1).to_end()
+            run = case(jobs, 1).to_end()
             right = sorted(range(len(jobs)), key=lambda number: (jobs[number].priority, number))
             same = run.started == right
             expect(same, f"priorities {priorities}, one place: started in order {run.started}, not {right}")
 
     def arrivals() -> None:
-        run = _Run(make, [Job(2, 2), Job(2, 2)], 1)
+        run = case([Job(2, 2), Job(2, 2)], 1)
         run.add(0)
         told = list(run.step().arrived)
         run.add(1)
@@ -168,7 +83,7 @@ def check_scheduler(make: Callable[[Limits, KVCache], Scheduler], continuous: bo
         expect(told == [0, 1], f"requests 0 and 1 came one after the other; `arrived` named {told}")
 
     def aborts() -> None:
-        run = _Run(make, [Job(2, 9), Job(2, 9), Job(2, 2)], 2)
+        run = case([Job(2, 9), Job(2, 9), Job(2, 2)], 2)
         run.scheduler.finish(99, "abort")
         for number in range(3):
             run.add(number)
@@ -184,7 +99,7 @@ def check_scheduler(make: Callable[[Limits, KVCache], Scheduler], continuous: bo
         expect(run.scheduler.idle(), "all three requests were aborted, but idle() is False")
 
     def stale() -> None:
-        run = _Run(make, [Job(2, 9)], 1)
+        run = case([Job(2, 9)], 1)
         run.add(0)
         plan = run.scheduler.plan()
         run.scheduler.finish(0, "abort")
@@ -194,7 +109,7 @@ def check_scheduler(make: Callable[[Limits, KVCache], Scheduler], continuous: bo
 
     def prompt_places() -> None:
         for jobs, places in _cases():
-            run = _Run(make, jobs, places).to_end()
+            run = case(jobs, places).to_end()
             expect(run.idle_places == 0, f"{run.case}: {run.idle_places} place-steps stood empty while somebody waited")
 
     promises = [
@@ -216,4 +131,73 @@ def check_scheduler(make: Callable[[Limits, KVCache], Scheduler], continuous: bo
                 "remove what has ended before admitting; admit until the places are full",
             )
         )
+    if preempts:
+        promises += _tight_promises(make)
     return run_promises(f"Scheduler {getattr(make, '__name__', make)}", promises)
+
+
+def _tight_promises(make: Callable[[Limits, Any], Scheduler]) -> list[Promise]:
+    """Promises of a scheduler whose pool is too small for all that run."""
+
+    def play(host: bool = False) -> Iterator[Run]:
+        for jobs, places, blocks in tight_cases():
+            yield Run(make, jobs, places, Memory(blocks, 4 * blocks if host else 0)).to_end()
+
+    def ends() -> None:
+        runs = list(play())
+        expect(bool(runs[0].gave_way), f"{runs[0].case}: nobody gave way, and yet these blocks cannot hold both")
+
+    def needless() -> None:
+        for run in play():
+            expect(not run.needless, (run.needless or [""])[0])
+
+    def back_first() -> None:
+        for run in play():
+            expect(not run.unfair, (run.unfair or [""])[0])
+
+    def priorities() -> None:
+        for run in play():
+            expect(not run.too_good, (run.too_good or [""])[0])
+
+    def head() -> None:
+        for run in play():
+            expect(not run.heads, (run.heads or [""])[0])
+
+    def swaps() -> None:
+        for run in play(host=True):
+            recomputed = len(run.gave_way) - run.swaps
+            expect(not recomputed, f"{run.case}: {recomputed} gave way by recompute, although the host has room")
+
+    def full_host() -> None:
+        for jobs, places, blocks in tight_cases():
+            Run(make, jobs, places, Memory(blocks, 1)).to_end()
+
+    def aborted() -> None:
+        for host in (0, 40):
+            jobs, places, blocks = tight_cases()[1]
+            run = Run(make, jobs, places, Memory(blocks, host))
+            for number in range(len(jobs)):
+                run.add(number)
+            while not run.gave_way:
+                run.step()
+            away = run.gave_way[0][1]
+            run.scheduler.finish(away, "abort")
+            state = run.requests[away].state
+            expect(state is State.FINISHED, f"{run.case}: request {away} gave way, was aborted and is {state.value}")
+            while not run.scheduler.idle():
+                run.step()
+            held = run.limits.num_blocks - len(run.cache.free)
+            expect(held == 0, f"{run.case}: {held} blocks are held after the last request")
+            slots = sorted(run.cache.free_slots) if isinstance(run.cache, Pages) else []
+            expect(slots == list(range(host)), f"{run.case}: host slots {slots} of {host} are free at the end")
+
+    return [
+        Promise("with too few blocks all requests still end", ends, "whoever finds no block makes another give way"),
+        Promise("nobody gives way while all find blocks", needless, "preempt only when grow answers None"),
+        Promise("whoever gave way comes back before newer ones", back_first, "queue it by (priority, id), not last"),
+        Promise("nobody gives way to a lower priority", priorities, "choose among the lowest priority"),
+        Promise("the first in line never gives way: so each ends in turn", head, "let the youngest give way"),
+        Promise("with room on the host, whoever gives way is swapped", swaps, "ask cache.swap_out, then cache.swap_in"),
+        Promise("with a full host it is recomputed", full_host, "swap_out answers None when the host is full"),
+        Promise("an abort also ends who gave way", aborted, "look for it in the queue, and release what it holds"),
+    ]

@@ -98,7 +98,11 @@ class KVCache(Protocol):
     def capacity_tokens(self) -> int: ...
 
     def match(self, request: Request) -> int:
-        """How many leading tokens of a request that is about to start have their K/V here already."""
+        """How many leading tokens of a request that is about to start have their K/V here already.
+
+        A scheduler that takes them up calls `request.keep(found)` before `grow`, whose grant then begins
+        with their blocks; one that does not computes them again.
+        """
 
     def grow(self, request: Request, upto: int) -> Grant | None:
         """Room for the K/V of the first `upto` tokens, or None (and nothing changed) when full."""

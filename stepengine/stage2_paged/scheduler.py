@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from stepengine.core.plan import Chunk, Copy, StepPlan, Swap
 from stepengine.core.request import Request, State, settle
 from stepengine.core.seams import Grant, Limits, PagingCache
+from stepengine.errors import StepEngineError
 
 WATERMARK = 0.01  # of the pool is left free when a request starts, or it would soon push another one out
 
@@ -123,6 +124,11 @@ class PagedScheduler:
                 line.pop(0)
             else:
                 victim = self.pick_victim(tuple(line))
+                if not any(victim is candidate for candidate in line):
+                    raise StepEngineError(
+                        f"pick_victim answered {getattr(victim, 'id', victim)!r}; it must return one of the requests "
+                        f"that it was given, here {[candidate.id for candidate in line]}."
+                    )
                 line.remove(victim)
                 self._preempt(victim, moves)
         return chunks
