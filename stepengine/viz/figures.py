@@ -6,21 +6,30 @@ and a text alternative in `figure.layout.meta["alt"]`. Show one without a toolba
 
 import plotly.graph_objects as go  # noqa: F401  (a missing Plotly is noticed here, not in the middle of a figure)
 
+from stepengine.viz.blocks import block_arrows, block_map
 from stepengine.viz.computed import recomputation_triangle
 from stepengine.viz.digest import digest
+from stepengine.viz.fragmentation import fragmentation
 from stepengine.viz.ladder import ladder_bars
 from stepengine.viz.measures import kv_memory, latency_percentiles, step_time
+from stepengine.viz.sharing import ref_counts
+from stepengine.viz.states import request_states
 from stepengine.viz.template import CONFIG
 from stepengine.viz.timeline import compare_timelines, scheduler_timeline
 
 __all__ = [
     "CONFIG",
+    "block_arrows",
+    "block_map",
     "compare_timelines",
     "digest",
+    "fragmentation",
     "kv_memory",
     "ladder_bars",
     "latency_percentiles",
     "recomputation_triangle",
+    "ref_counts",
+    "request_states",
     "scheduler_timeline",
     "step_time",
 ]
