@@ -42,16 +42,15 @@ class PagedCache:
         size, pool = self.block_size, self.pool
         other = self._sharing(request) if request.computed else None  # matched, and taken up by the scheduler
         hits = other.blocks[: self._count(len(request.prompt_ids))] if other is not None else []
+        pool.share(hits)
         table = [*request.blocks, *hits]
         writes = range(max(request.scheduled, request.computed) // size, len(table))
-        taken = len(hits) > 0  # then the count below does not include this request yet
-        shared = [entry for entry in writes if pool.refs(table[entry]) + taken > 1]
-        missing = max(0, self._count(upto) - len(table))
-        fresh = pool.alloc(missing + len(shared))
-        if fresh is None:
+        shared = [entry for entry in writes if pool.refs(table[entry]) > 1]
+        granted = pool.alloc(max(0, self._count(upto) - len(table)) + len(shared))
+        if granted is None:
+            pool.free(hits)
             return None
-        fresh = list(fresh)
-        pool.share(hits)
+        fresh = list(granted)
         copies = tuple(Copy(request.id, entry, table[entry], fresh.pop()) for entry in shared)
         pool.free([copy.source for copy in copies])
         holders = self.samples.setdefault(request.group, [])
