@@ -11,11 +11,13 @@ from typing import Any
 from stepengine.bench import report, runs, verify, workloads
 from stepengine.bench.measure import Ratio, machine
 from stepengine.bench.runs import Run
+from stepengine.bench.usage import usage
 from stepengine.bench.workloads import Workload
 from stepengine.llm import LLM
 from stepengine.stages import STAGES, Stage, find_stage
 
-SLOTS = 4  # requests that run at once, in every stage
+SLOTS = 4  # requests of MAX_MODEL_LEN tokens for which every stage has K/V memory
+PLACES = 32  # requests that may run at once from stage 2 on, if that memory holds them
 MAX_MODEL_LEN = 128  # no set below asks for more
 ROUNDS = 3  # of runs whose medians are shown; the fast form makes one
 PATIENCE_S = 120.0  # on a machine so slow or busy that this much has passed, no further round begins
@@ -44,9 +46,21 @@ def uneven_set(ids: Any, fast: bool) -> Workload:
     return workloads.exponential(ids, seed=2, count=12 if fast else 24, prompt=(8, 24), mean=20, most=96)
 
 
+def long_tailed_set(ids: Any, fast: bool) -> Workload:
+    """Most requests short, a few as long as a slot."""
+    return workloads.lognormal(ids, seed=3, count=12 if fast else 20, prompt_mean=24, output_mean=32, most=128)
+
+
 METRICS = {
     "1a": Metric("tokens computed", "tokens", "lower", lambda run: run.summary["tokens_computed"]),
     "1b": Metric("idle slot-steps", "slot-steps", "lower", lambda run: run.summary["idle_slot_steps"], uneven_set),
+    "2": Metric(
+        "sequences that fit in the same K/V bytes",
+        "sequences",
+        "higher",
+        lambda run: usage(run.trace).fits,
+        long_tailed_set,
+    ),
 }
 """By stage name. A stage that is not listed is measured by its speed."""
 
@@ -74,7 +88,8 @@ def run(
         "model": model,
         "dtype": "float32",
         "fast": fast,
-        "max_num_seqs": SLOTS,
+        "slots": SLOTS,
+        "max_model_len": MAX_MODEL_LEN,
         "workload": climb.common.describe(),
         "machine": fingerprint,
         "versions": fingerprint["versions"],
@@ -157,7 +172,7 @@ class _Climb:
 
     def _load(self, stage: Stage) -> LLM:
         with _bar(self.progress, f"stage {stage.name:<3} loading {self.model}", 0):
-            llm = runs.build(self.model, stage.name, SLOTS, MAX_MODEL_LEN)
+            llm = runs.build(self.model, stage.name, SLOTS, MAX_MODEL_LEN, places=PLACES)
             if self.reference is None:
                 self.ids = workloads.corpus(llm.tokenizer, llm.config.vocab_size)
                 self.common = common_set(self.ids, self.fast)

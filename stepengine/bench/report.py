@@ -32,9 +32,9 @@ def table(result: Mapping[str, Any]) -> str:
     """The result as text of at most 100 columns: a line per stage, and below it what the stage exists for."""
     work, box = result["workload"], result["machine"]
     lines = [
-        f"{Path(result['model']).name:.40}, fp32: {work['requests']} requests, {result['max_num_seqs']} at a time; "
-        f"prompts {work['prompt_tokens']['min']} to {work['prompt_tokens']['max']} tokens, outputs "
-        f"{work['output_tokens']['min']} to {work['output_tokens']['max']}",
+        f"{Path(result['model']).name:.40}, fp32: {work['requests']} requests, K/V memory for {result['slots']} of "
+        f"{result['max_model_len']} tokens; prompts {work['prompt_tokens']['min']} to {work['prompt_tokens']['max']}, "
+        f"outputs {work['output_tokens']['min']} to {work['output_tokens']['max']}",
         f"{box['cpu']:.50}, {box['cores']} cores, {box['torch_threads']} threads, torch {box['versions']['torch']}",
         "",
         f"{'':38}{'':>9} {'first token':>17} {'next token':>15} {'same':>7}",
@@ -48,7 +48,7 @@ def table(result: Mapping[str, Any]) -> str:
         )
         metric = row["metric"]
         if metric is not None:
-            lines.append(f"      {_gain(metric)}  ({metric['note']})")
+            lines += _wrapped(f"{_gain(metric)}  ({metric['note']})")
         if row["note"]:
             lines += _wrapped(row["note"])
     names = ", ".join(f"{row['near_ties']} in {row['stage']}" for row in result["stages"] if row["near_ties"])

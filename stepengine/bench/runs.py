@@ -1,18 +1,25 @@
 """One run of one workload through one engine, with a trace of its own."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
+import torch
+
 from stepengine.bench.workloads import Workload
+from stepengine.core.request import RequestOutput
 from stepengine.llm import LLM
+from stepengine.model.catalog import resolve
+from stepengine.model.config import ModelConfig
+from stepengine.stages import find_stage
 from stepengine.trace import Trace, summarize
 
 
 @dataclass
 class Run:
-    """The tokens that a workload got, in its order, and the trace of how."""
+    """The tokens that a workload got, one list per sample in its order, and the trace of how."""
 
     workload: Workload
     token_ids: list[list[int]]
@@ -20,11 +27,12 @@ class Run:
 
     @cached_property
     def step_ms(self) -> tuple[list[float], list[float]]:
-        """Milliseconds of the steps that run a request's first chunk (its prompt), and of the others (decodes)."""
+        """Milliseconds of the steps that start requests (again, after a preemption by recompute), and of decodes."""
         seen: set[int] = set()
         times: tuple[list[float], list[float]] = ([], [])
         for record in self.trace.steps:
             rows = {chunk.request for chunk in record.plan.chunks}
+            seen -= set(record.plan.preempted)
             times[rows <= seen].append(1e3 * (record.t_done - record.t_plan))
             seen |= rows
         return times
@@ -39,31 +47,68 @@ class Run:
         return float(self.summary["tokens_per_s"])
 
 
-def build(model: str, stage: str, max_num_seqs: int, max_model_len: int, device: str = "cpu") -> LLM:
-    """An engine in fp32 with a trace, and room for exactly `max_num_seqs` requests of `max_model_len` tokens."""
+def build(
+    model: str | Path,
+    stage: str,
+    slots: int,
+    max_model_len: int,
+    device: str = "cpu",
+    places: int | None = None,
+    **settings: Any,
+) -> LLM:
+    """An engine in fp32 with a trace, and K/V memory for exactly `slots` requests of `max_model_len` tokens.
+
+    The bytes are the same in every stage that stores K/V (block 0 aside). From stage 2 on they are
+    blocks, and up to `places` requests (by default `slots`) may run in them. `settings` go to `LLM`.
+    """
+    found = find_stage(stage)
+    if found.parts.block_pool is not None:
+        size = found.parts.block_size(max_model_len, settings.get("block_size"))
+        settings = {"num_blocks": slots * -(-max_model_len // size), **settings}
+    elif found.number:  # exactly, or a large one could be over the default budget
+        token = ModelConfig.from_folder(resolve(model)).kv_bytes_per_token(torch.float32)
+        settings = {"kv_cache_memory": slots * max_model_len * token, **settings}
     return LLM(
         model,
         stage=stage,
         device=device,
         dtype="float32",
-        max_num_seqs=max_num_seqs,
+        max_num_seqs=places if places and found.parts.block_pool is not None else slots,
         max_model_len=max_model_len,
         trace=True,
+        **settings,
     )
 
 
-def run(llm: LLM, workload: Workload, told: Callable[[int], None] | None = None) -> Run:
+def share_weights(engines: Iterable[LLM]) -> None:
+    """Let all engines of one model run the first one's weights: then only what is compared differs.
+
+    For stages that leave the weights as they are, at one `max_model_len`.
+    """
+    first, *others = engines
+    for llm in others:
+        llm.engine.runner.model = first.engine.runner.model
+
+
+def trace_of(llm: LLM) -> Trace:
+    """The trace of an engine that records one, as those of `build` do."""
+    assert llm.trace is not None
+    return llm.trace
+
+
+def run(llm: LLM, workload: Workload, told: Callable[[int], object] | None = None) -> Run:
     """Run the workload to its end. `told` is called after each step with the tokens it gave."""
-    trace = llm.trace = Trace({**llm.trace.meta, "workload": workload.name}, llm.tokenizer)
+    trace = llm.trace = Trace({**trace_of(llm).meta, "workload": workload.name}, llm.tokenizer)
     llm.engine.recorder = trace
     pairs = zip(workload.prompts, workload.params(), strict=True)
     ids = [llm.engine.add_request(list(prompt), params) for prompt, params in pairs]
-    outputs = {}
+    outputs: dict[int, RequestOutput] = {}
     while llm.engine.has_unfinished():
         outputs |= {output.request_id: output for output in llm.engine.step()}
         if told is not None:
             told(sum(token >= 0 for token in trace.steps[-1].token_ids))
-    return Run(workload, [outputs[request].outputs[0].token_ids for request in ids], trace)
+    samples = [sample for request in ids for sample in outputs[request].outputs]
+    return Run(workload, [sample.token_ids for sample in samples], trace)
 
 
 def warm(llm: LLM, workload: Workload) -> None:

@@ -24,8 +24,8 @@ def differences(reference: LLM, expected: Run, found: Run) -> Differences:
     `reference` engine, given its tokens, must find none of them more than 1e-4 below its best logit.
     """
     near = wrong = 0
-    each = zip(found.workload.prompts, expected.token_ids, found.token_ids, strict=True)
-    for prompt, right, tokens in each:
+    each = zip(found.workload.sequences, expected.token_ids, found.token_ids, strict=True)
+    for (prompt, _), right, tokens in each:
         if tokens == right:
             continue
         fits = len(tokens) == len(right) and float(shortfall(reference, list(prompt), tokens).max()) <= NEAR

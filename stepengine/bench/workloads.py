@@ -14,12 +14,13 @@ TEXT_CHARS = 200_000  # of the corpus; about 50,000 tokens
 
 @dataclass(frozen=True)
 class Workload:
-    """Requests that all arrive at once. Each gets exactly its output length: EOS is ignored."""
+    """Requests that all arrive at once. Each sample gets exactly its request's output length: EOS is ignored."""
 
     name: str
     prompts: tuple[tuple[int, ...], ...]
     output_lens: tuple[int, ...]
     seed: int
+    samples: int = 1  # of each prompt
 
     def __post_init__(self) -> None:
         if not self.prompts or len(self.prompts) != len(self.output_lens):
@@ -30,11 +31,18 @@ class Workload:
 
     def params(self) -> list[SamplingParams]:
         """Greedy, to the forced length."""
-        return [SamplingParams(temperature=0.0, ignore_eos=True, max_tokens=n) for n in self.output_lens]
+        greedy = SamplingParams(temperature=0.0, ignore_eos=True, n=self.samples)
+        return [greedy.replace(max_tokens=n) for n in self.output_lens]
+
+    @property
+    def sequences(self) -> list[tuple[tuple[int, ...], int]]:
+        """(prompt, output length) of every sample, in the order of a run's tokens."""
+        each = zip(self.prompts, self.output_lens, strict=True)
+        return [pair for pair in each for _ in range(self.samples)]
 
     @property
     def num_outputs(self) -> int:
-        return sum(self.output_lens)
+        return self.samples * sum(self.output_lens)
 
     @property
     def longest(self) -> int:
@@ -43,9 +51,8 @@ class Workload:
 
     @property
     def recomputed_tokens(self) -> int:
-        """Tokens that run without a K/V cache: the sum over requests of N P + N (N - 1) / 2."""
-        pairs = zip(self.prompts, self.output_lens, strict=True)
-        return sum(n * len(prompt) + n * (n - 1) // 2 for prompt, n in pairs)
+        """Tokens that run without a K/V cache: the sum over samples of N P + N (N - 1) / 2."""
+        return sum(n * len(prompt) + n * (n - 1) // 2 for prompt, n in self.sequences)
 
     def describe(self) -> dict[str, Any]:
         """Plain data for a result file."""
@@ -54,6 +61,7 @@ class Workload:
             "name": self.name,
             "seed": self.seed,
             "requests": len(self.prompts),
+            "samples": self.samples,
             "prompt_tokens": {"total": sum(lengths), "min": min(lengths), "max": max(lengths)},
             "output_tokens": {"total": self.num_outputs, "min": min(self.output_lens), "max": max(self.output_lens)},
         }
@@ -95,6 +103,25 @@ def exponential(
     return _workload(f"exponential, mean {mean:g}", ids, rng, prompt, lens, seed)
 
 
+def lognormal(
+    ids: np.ndarray, seed: int, count: int, prompt_mean: float, output_mean: float, most: int, sigma: float = 1.0
+) -> Workload:
+    """Prompt and output lengths drawn from log-normal distributions, rounded up: most are short, a few very long.
+
+    The means are those before the cut: a prompt gets at most half of `most` tokens, its output at most
+    the rest. `sigma` is the standard deviation of the logarithm.
+    """
+    rng = np.random.default_rng(seed)
+
+    def draw(mean: float) -> np.ndarray:
+        return np.ceil(rng.lognormal(np.log(mean) - sigma**2 / 2, sigma, count)).astype(int)
+
+    prompts = np.minimum(draw(prompt_mean), most // 2)
+    outputs = np.minimum(draw(output_mean), most - prompts)
+    name = f"log-normal, means {prompt_mean:g} + {output_mean:g}"
+    return Workload(name, _cut(ids, rng, prompts), tuple(outputs.tolist()), seed)
+
+
 def few_long(
     ids: np.ndarray,
     seed: int,
@@ -123,8 +150,11 @@ def _workload(
             f"Prompt lengths {prompt[0]}..{prompt[1]} cannot be cut from {len(ids)} tokens of text; choose lengths "
             f"from 1 to {len(ids) - 1}."
         )
-    prompts = []
-    for length in rng.integers(prompt[0], prompt[1] + 1, len(output_lens)):
-        start = int(rng.integers(0, len(ids) - length))
-        prompts.append(tuple(ids[start : start + length].tolist()))
-    return Workload(name, tuple(prompts), tuple(int(n) for n in output_lens), seed)
+    prompts = _cut(ids, rng, rng.integers(prompt[0], prompt[1] + 1, len(output_lens)))
+    return Workload(name, prompts, tuple(int(n) for n in output_lens), seed)
+
+
+def _cut(ids: np.ndarray, rng: np.random.Generator, lens: np.ndarray) -> tuple[tuple[int, ...], ...]:
+    """Pieces of the corpus of these lengths, from anywhere."""
+    starts = [int(rng.integers(0, len(ids) - length)) for length in lens]
+    return tuple(tuple(ids[start : start + length].tolist()) for start, length in zip(starts, lens, strict=True))

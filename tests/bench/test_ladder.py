@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from stepengine.bench import ladder, report, runs, verify
+from stepengine.bench.usage import block_tokens_per_sequence
 from stepengine.bench.workloads import Workload
 from stepengine.stages import STAGES
 
@@ -47,6 +48,10 @@ def test_metrics_equal_their_formulas(climbed) -> None:
     batches = [uneven.output_lens[at : at + ladder.SLOTS] for at in range(0, 12, ladder.SLOTS)]
     idle = sum(max(batch) - n for batch in batches for n in batch)
     assert (rows["1b"]["metric"]["before"], rows["1b"]["metric"]["after"]) == (idle, 0)
+    tailed = ladder.long_tailed_set(ids, True)
+    fits = ladder.SLOTS * ladder.MAX_MODEL_LEN / block_tokens_per_sequence(tailed, 16)
+    assert rows["2"]["metric"]["before"] == pytest.approx(ladder.SLOTS)
+    assert rows["2"]["metric"]["after"] == pytest.approx(fits, rel=0.1)  # but for preemptions and prompts' steps
 
 
 @pytest.mark.parametrize("fast", [True, False])
@@ -60,7 +65,12 @@ def test_table_and_page(climbed) -> None:
     result, folder = climbed
     printed = report.table(result)
     assert max(map(len, printed.splitlines())) <= 100
-    assert "tokens computed" in printed and "idle slot-steps" in printed and " yes" in printed
+    assert (
+        "tokens computed" in printed
+        and "idle slot-steps" in printed
+        and "sequences that fit" in printed
+        and " yes" in printed
+    )
     page = (folder / "ladder.html").read_text(encoding="utf-8")
     assert "idle slot-steps" in page and "Plotly.newPlot" in page
     assert "<script src=" not in page and 'rel="stylesheet"' not in page

@@ -12,7 +12,11 @@ from stepengine.errors import InvalidSetting
 IDS = np.arange(5000)
 
 
-@pytest.mark.parametrize("make", [workloads.uniform, workloads.exponential, workloads.few_long])
+def lognormal(ids: np.ndarray, seed: int, count: int) -> Workload:
+    return workloads.lognormal(ids, seed, count, 40, 60, 512)
+
+
+@pytest.mark.parametrize("make", [workloads.uniform, workloads.exponential, workloads.few_long, lognormal])
 def test_the_seed_decides(make) -> None:
     assert make(IDS, 7, 12) == make(IDS, 7, 12)
     assert make(IDS, 7, 12).prompts != make(IDS, 8, 12).prompts
@@ -31,6 +35,24 @@ def test_exponential_lengths_have_their_mean_and_are_cut() -> None:
     assert np.mean(work.output_lens) == pytest.approx(1 / (1 - np.exp(-1 / 30)), rel=0.05)
     assert max(workloads.exponential(IDS, 0, 400, mean=30, most=40).output_lens) == 40
     assert min(work.output_lens) >= 1
+
+
+def test_lognormal_lengths_have_their_means_and_are_cut() -> None:
+    work = workloads.lognormal(np.arange(70_000), 0, 4000, 40, 60, 60_000)
+    assert np.mean([len(prompt) for prompt in work.prompts]) == pytest.approx(40.5, rel=0.1)  # rounding up adds a half
+    assert np.mean(work.output_lens) == pytest.approx(60.5, rel=0.1)
+    assert np.std(np.log(work.output_lens)) == pytest.approx(1, rel=0.05)
+    short = workloads.lognormal(IDS, 0, 400, 40, 60, 128)
+    assert max(len(prompt) for prompt in short.prompts) == 64 and short.longest == 128
+    assert min(short.output_lens) >= 1
+
+
+def test_samples_multiply_what_is_asked_for() -> None:
+    one = workloads.uniform(IDS, 3, 5, prompt=(1, 20), output=(1, 15))
+    three = Workload(one.name, one.prompts, one.output_lens, one.seed, 3)
+    assert three.num_outputs == 3 * one.num_outputs and three.recomputed_tokens == 3 * one.recomputed_tokens
+    assert [pair for pair in one.sequences for _ in range(3)] == three.sequences
+    assert [params.n for params in three.params()] == [3] * 5
 
 
 def test_recomputed_tokens_is_the_sum_over_steps() -> None:

@@ -17,6 +17,8 @@ PROMISED = {
     "00_naive": {"Q36"},
     "01a_kv_cache": {"E1", "E2", "E14", "C1", "C2", "Q95"},
     "01b_continuous_batching": {"E11", "E12", "C4", "C18", "Q98"},
+    "02a_paged": {"E3", "E4", "E5", "C3", "C11", "C21", "Q51", "Q96", "Q104", "Q106"},
+    "02b_sharing_preemption": {"E5", "E6", "C15", "Q105", "Q108"},
 }
 PLOTLY = "application/vnd.plotly.v1+json"
 COMPARED = {"text/plain", "text/markdown", "text/latex"}  # what notebooks/conftest.py and nbval leave to compare
