@@ -174,7 +174,7 @@ class Request:
     max_len: int  # prompt and output together never get longer than this
     stop_ids: frozenset[int] = frozenset()  # EOS (unless ignored) and stop_token_ids
     priority: int = 0  # lower goes first
-    group: int = 0  # id of the first sample of the same prompt
+    group: int = -1  # id of the first sample of the same prompt; unless given, its own
     sample: int = 0
     noise_key: int = 0  # 32-bit key of the sampling noise, from (seed, sample)
     text: TextStream | None = None
@@ -195,6 +195,7 @@ class Request:
 
     def __post_init__(self) -> None:
         self.token_ids = list(self.prompt_ids)
+        self.group = self.id if self.group < 0 else self.group
 
     @property
     def num_tokens(self) -> int:

@@ -11,7 +11,7 @@ from stepengine.core.kv_pool import KVPool
 from stepengine.model.config import ModelConfig
 from stepengine.stage0_naive.attention import causal_attention
 
-GATHER_BYTES = 1 << 20  # of K/V copied at a time: what is gathered is still in the processor's L2 cache when it is read
+PADDING_BYTES = 1 << 20  # of K/V that a group copies beyond its rows' ends; less would cost more calls than it saves
 
 
 class _Group(NamedTuple):
@@ -23,7 +23,7 @@ class _Group(NamedTuple):
 
 
 class _Gather(NamedTuple):
-    """The groups of a decode step. Rows are taken in order of length, so a group pads little."""
+    """The groups of a decode step. Rows are taken in order of length, longest first, so a group pads little."""
 
     order: Tensor  # [B]
     back: Tensor  # [B], its inverse
@@ -34,8 +34,9 @@ class PagedAttention:
     """A request's K/V lie in blocks anywhere in the pool (PagedAttention, Kwon et al. 2023, section 4.1).
 
     On a CPU a decode step first copies the tiles of its sequences side by side, [R x Hk, L, D], which
-    contiguous slots do without. Taken in cache-sized groups of about equal length, the copy costs less
-    than padding every sequence to the longest would; entries beyond a sequence's end name block 0.
+    contiguous slots do without. Rows of about equal length are taken together: padding every row to the
+    longest, as slots do, would cost more than the copy where lengths differ. Entries beyond a row's end
+    name block 0.
     """
 
     capturable = False
@@ -108,19 +109,22 @@ class PagedAttention:
 
     def _gather(self, batch: Batch, dtype: torch.dtype) -> _Gather:
         lengths = torch.tensor(batch.starts) + 1
-        order = lengths.argsort()
+        order = lengths.argsort(descending=True)
         layer_bytes = self.pool.block_bytes // len(self.pool.layers)
-        groups: list[list[int]] = [[]]
+        groups: list[list[int]] = []
+        longest = padding = 0
         for row in order.tolist():
             blocks = -(-int(lengths[row]) // self.pool.block_size)
-            if groups[-1] and (len(groups[-1]) + 1) * blocks * layer_bytes > GATHER_BYTES:
+            padding += (longest - blocks) * layer_bytes
+            if not groups or padding > PADDING_BYTES:
                 groups.append([])
+                longest, padding = blocks, 0
             groups[-1].append(row)
         return _Gather(order, order.argsort(), [self._group(batch, rows, dtype) for rows in groups])
 
     def _group(self, batch: Batch, rows: list[int], dtype: torch.dtype) -> _Group:
         size, heads = self.pool.block_size, self.num_kv_heads
-        longest = batch.starts[rows[-1]] + 1
+        longest = batch.starts[rows[0]] + 1
         table = batch.block_table[rows, : -(-longest // size)].long()
         keys = (table[:, None] * 2 * heads + torch.arange(heads)[:, None]).flatten()  # a block: its keys, its values
         beyond = torch.arange(table.shape[1] * size) >= batch.kv_lens[rows][:, None]
