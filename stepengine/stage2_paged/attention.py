@@ -11,7 +11,7 @@ from stepengine.core.kv_pool import KVPool
 from stepengine.model.config import ModelConfig
 from stepengine.stage0_naive.attention import causal_attention
 
-PADDING_BYTES = 1 << 20  # of K/V that a group copies beyond its rows' ends; less would cost more calls than it saves
+PADDING_BYTES = 1 << 19  # of K/V that a group copies beyond its rows' ends; less would cost more calls than it saves
 
 
 class _Group(NamedTuple):
