@@ -33,7 +33,7 @@ STAGES = (
     Stage("0", "stage0_naive", "no cache, static batching"),
     Stage("1a", "stage1_kvcache", "a K/V cache of contiguous slots", "PARTS_A"),
     Stage("1b", "stage1_kvcache", "continuous batching", "PARTS_B"),
-    Stage("2", "stage2_paged", "paged K/V: small blocks, sharing, preemption"),
+    Stage("2", "stage2_paged", "paged K/V, sharing, preemption"),
 )
 
 ARRIVES = {

@@ -1,7 +1,6 @@
 """Attention over block tables: on a CPU one gather for all sequences, on a GPU kernels that walk the table."""
 
 import math
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -10,24 +9,7 @@ from stepengine.core.batch import Batch
 from stepengine.core.kv_pool import KVPool
 from stepengine.model.config import ModelConfig
 from stepengine.stage0_naive.attention import causal_attention
-
-PADDING_BYTES = 1 << 19  # of K/V that a group copies beyond its rows' ends; less would cost more calls than it saves
-
-
-class _Group(NamedTuple):
-    """Rows of a decode step whose K/V are gathered together, the same for all layers."""
-
-    count: int
-    tiles: Tensor  # [2 x R x Hk x M]: which tile (one head of one block) comes where, keys before values
-    mask: Tensor  # [R x Hk, 1, M x block_size], 0 or -inf
-
-
-class _Gather(NamedTuple):
-    """The groups of a decode step. Rows are taken in order of length, longest first, so a group pads little."""
-
-    order: Tensor  # [B]
-    back: Tensor  # [B], its inverse
-    groups: list[_Group]
+from stepengine.stage2_paged.gather import Gather, plan_gather
 
 
 class PagedAttention:
@@ -89,8 +71,8 @@ class PagedAttention:
     def _decode(self, layer: int, q: Tensor, batch: Batch) -> Tensor:
         """One token per row: for each group one gather, then one pair of matrix products for its rows and heads."""
         if "gather" not in batch.memo:
-            batch.memo["gather"] = self._gather(batch, q.dtype)
-        gather: _Gather = batch.memo["gather"]
+            batch.memo["gather"] = plan_gather(batch, self.pool, q.dtype)
+        gather: Gather = batch.memo["gather"]
         num_heads, head_dim = q.shape[1:]
         storage = self.pool.layers[layer]
         stored = storage.view(-1, self.pool.block_size * head_dim)  # [(num_blocks + 1) x 2 x Hk, block_size x D]
@@ -106,27 +88,3 @@ class PagedAttention:
             out[at : at + count] = (weights @ values).view(count, num_heads, head_dim)
             at += count
         return out.index_select(0, gather.back)
-
-    def _gather(self, batch: Batch, dtype: torch.dtype) -> _Gather:
-        lengths = torch.tensor(batch.starts) + 1
-        order = lengths.argsort(descending=True)
-        layer_bytes = self.pool.block_bytes // len(self.pool.layers)
-        groups: list[list[int]] = []
-        longest = padding = 0
-        for row in order.tolist():
-            blocks = -(-int(lengths[row]) // self.pool.block_size)
-            padding += (longest - blocks) * layer_bytes
-            if not groups or padding > PADDING_BYTES:
-                groups.append([])
-                longest, padding = blocks, 0
-            groups[-1].append(row)
-        return _Gather(order, order.argsort(), [self._group(batch, rows, dtype) for rows in groups])
-
-    def _group(self, batch: Batch, rows: list[int], dtype: torch.dtype) -> _Group:
-        size, heads = self.pool.block_size, self.num_kv_heads
-        longest = batch.starts[rows[0]] + 1
-        table = batch.block_table[rows, : -(-longest // size)].long()
-        keys = (table[:, None] * 2 * heads + torch.arange(heads)[:, None]).flatten()  # a block: its keys, its values
-        beyond = torch.arange(table.shape[1] * size) >= batch.kv_lens[rows][:, None]
-        mask = torch.zeros(beyond.shape, dtype=dtype).masked_fill_(beyond, -torch.inf)
-        return _Group(len(rows), torch.cat((keys, keys + heads)), mask.repeat_interleave(heads, 0)[:, None])

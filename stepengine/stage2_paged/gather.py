@@ -1,0 +1,54 @@
+"""Which blocks a decode step copies side by side on a CPU, and in what groups: decided once a step, for all layers."""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from stepengine.core.batch import Batch
+from stepengine.core.kv_pool import KVPool
+
+PADDING_BYTES = 1 << 19  # of K/V that a group copies beyond its rows' ends; less would cost more calls than it saves
+
+
+class Group(NamedTuple):
+    """Rows of a decode step whose K/V are gathered together, the same for all layers."""
+
+    count: int
+    tiles: Tensor  # [2 x R x Hk x M]: which tile (one head of one block) comes where, keys before values
+    mask: Tensor  # [R x Hk, 1, M x block_size], 0 or -inf
+
+
+class Gather(NamedTuple):
+    """The groups of a decode step. Rows are taken in order of length, longest first, so a group pads little."""
+
+    order: Tensor  # [B]
+    back: Tensor  # [B], its inverse
+    groups: list[Group]
+
+
+def plan_gather(batch: Batch, pool: KVPool, dtype: torch.dtype) -> Gather:
+    """Groups of rows of about equal length for a batch of single tokens; masks are of `dtype`."""
+    lengths = torch.tensor(batch.starts) + 1
+    order = lengths.argsort(descending=True)
+    layer_bytes = pool.block_bytes // len(pool.layers)
+    groups: list[list[int]] = []
+    longest = padding = 0
+    for row in order.tolist():
+        blocks = -(-int(lengths[row]) // pool.block_size)
+        padding += (longest - blocks) * layer_bytes
+        if not groups or padding > PADDING_BYTES:
+            groups.append([])
+            longest, padding = blocks, 0
+        groups[-1].append(row)
+    return Gather(order, order.argsort(), [_group(batch, rows, pool, dtype) for rows in groups])
+
+
+def _group(batch: Batch, rows: list[int], pool: KVPool, dtype: torch.dtype) -> Group:
+    size, heads = pool.block_size, pool.layers[0].shape[2]
+    longest = batch.starts[rows[0]] + 1
+    table = batch.block_table[rows, : -(-longest // size)].long()
+    keys = (table[:, None] * 2 * heads + torch.arange(heads)[:, None]).flatten()  # a block: its keys, its values
+    beyond = torch.arange(table.shape[1] * size) >= batch.kv_lens[rows][:, None]
+    mask = torch.zeros(beyond.shape, dtype=dtype).masked_fill_(beyond, -torch.inf)
+    return Group(len(rows), torch.cat((keys, keys + heads)), mask.repeat_interleave(heads, 0)[:, None])
