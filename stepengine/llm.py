@@ -33,7 +33,7 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 class LLM:
     """A language model served by one stage of the engine.
 
-    model: catalogue name, local folder or hub id. stage: 0, 1, "1a", "1b", 2 or a folder's name. device:
+    model: catalogue name, local folder or hub id. stage: 0, 1, "1a", "1b", 2, 3 or a folder's name. device:
     "cpu" or "cuda". dtype: "float32", "bfloat16", "float16", or "auto" (fp32 on a CPU, the
     checkpoint's on a GPU). max_model_len (tokens): prompt and output of one request.
     max_num_batched_tokens: prompt tokens in one step. kv_cache_memory (bytes): K/V storage. seed: of

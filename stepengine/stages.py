@@ -34,6 +34,7 @@ STAGES = (
     Stage("1a", "stage1_kvcache", "a K/V cache of contiguous slots", "PARTS_A"),
     Stage("1b", "stage1_kvcache", "continuous batching", "PARTS_B"),
     Stage("2", "stage2_paged", "paged K/V, sharing, preemption"),
+    Stage("3", "stage3_flash", "flash attention"),
 )
 
 ARRIVES = {
@@ -75,3 +76,5 @@ def check_settings(stage: Stage, settings: dict[str, object], known: list[str]) 
         if value is not None and ARRIVES.get(name, 0) > stage.number:
             remedy = f"leave it out, or use stage {ARRIVES[name]} or later"
             raise InvalidSetting(f"{name} is {value!r}, but stage {stage.name} does not have it: {remedy}.")
+        if value is not None and name not in known:
+            raise InvalidSetting(f"{name} is {value!r}, which this version does not have yet; leave it out.")

@@ -61,8 +61,8 @@ def store_kv(k: Tensor, v: Tensor, storage: Tensor, slots: Tensor) -> None:
     slots int32 [T]. Tokens of slot 0 share one place in block 0, which no sequence reads.
     """
     num_tokens, num_kv_heads, head_dim = k.shape
-    _check_rows(k, v)
-    _check_storage(storage, k)
+    check_rows(k, v)
+    check_storage(storage, k)
     heads, dim = triton.next_power_of_2(num_kv_heads), triton.next_power_of_2(head_dim)
     _store_kv_kernel[(num_tokens,)](
         k,
@@ -165,8 +165,8 @@ def paged_attention(
     num_seqs, num_heads, head_dim = q.shape
     num_kv_heads = storage.shape[2]
     out = torch.empty_like(q, memory_format=torch.contiguous_format) if out is None else out
-    _check_rows(q, out)
-    _check_storage(storage, q)
+    check_rows(q, out)
+    check_storage(storage, q)
     group, dim = num_heads // num_kv_heads, triton.next_power_of_2(head_dim)
     rows = max(_MIN_ROWS, triton.next_power_of_2(group))
     _paged_attention_kernel[(num_seqs, num_kv_heads)](
@@ -211,12 +211,12 @@ def paged_attention_reference(
     return result if out is None else out.copy_(result)
 
 
-def _check_rows(*tensors: Tensor) -> None:
+def check_rows(*tensors: Tensor) -> None:
     """A wrong layout would read the wrong memory silently: only the distance between tokens is free."""
     for tensor in tensors:
         heads, head_dim = tensor.shape[1:]
         assert tensor.stride(2) == 1 and (heads == 1 or tensor.stride(1) == head_dim), tensor.stride()
 
 
-def _check_storage(storage: Tensor, x: Tensor) -> None:
+def check_storage(storage: Tensor, x: Tensor) -> None:
     assert storage.is_contiguous() and storage.dtype == x.dtype and storage.shape[4] == x.shape[2]

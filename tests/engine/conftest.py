@@ -101,6 +101,7 @@ COMBINATIONS: dict[str, dict[str, Any]] = {
         "preemption": "swap",
     },
     "continuous, paged": {"stage": "2", "scheduler": ContinuousScheduler},
+    "flash, blocks of 7 (3)": {"stage": "3", "block_size": 7, "num_blocks": 21},
 }
 
 

@@ -19,7 +19,7 @@ import sys
 import tempfile
 import traceback
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from pathlib import Path
 from types import ModuleType
 from typing import Any, NamedTuple
@@ -29,7 +29,7 @@ import pytest
 import torch
 
 ROOT = Path(__file__).resolve().parents[2]
-MODULES = ("paged",)  # modules beside this one, each with its KERNELS
+MODULES = ("paged", "flash", "fused")  # modules beside this one, each with its KERNELS
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 # The interpreter's tl.dot is wrong on bf16; fp32 and fp16 are exact there.
@@ -37,12 +37,13 @@ ON = {"interpreter": ("fp32", "fp16"), "cuda": ("fp32", "fp16", "bf16")}
 # Rounding of inputs, of the softmax's weights and of the result: a few times the dtype's epsilon.
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 4e-3, torch.bfloat16: 3e-2}
 
-HEAD_DIMS = (64, 128)
+HEAD_DIMS: Mapping[str, tuple[int, ...]] = dict.fromkeys(DTYPES, (64, 128))
 # KiB of shared memory that one program may have (CUDA C++ Programming Guide, "Technical Specifications per Compute
 # Capability"). Triton uses no tensor cores on sm_75: there a kernel has to compile and to fit, and may spill.
 LIMITS = {75: 64, 80: 163, 89: 99, 90: 227, 100: 227}
 COMPILED = {75: ("fp16",), **dict.fromkeys((80, 89, 90, 100), ("fp16", "bf16", "fp32"))}
-# With at most 128 registers a thread, 16 warps fit on a multiprocessor, a quarter of what it can hold.
+# With at most 128 registers a thread, 16 warps fit on a multiprocessor, a quarter of what it can hold. A kernel that
+# lives on large tiles names its own bound.
 MAX_REGISTERS = 128
 
 
@@ -66,6 +67,8 @@ class Kernel(NamedTuple):
     shapes: Mapping[str, Mapping[str, Any]]  # case -> the keyword arguments of `check`, and `dtypes` if not for all
     check: Callable[..., None]  # check(module, device, dtype, **shape): AssertionError where kernel or twin is wrong
     launch: Callable[..., None]  # launch(module, dtype, head_dim): calls the wrapper once, on meta tensors
+    head_dims: Mapping[str, tuple[int, ...]] = HEAD_DIMS  # what is compiled for each dtype
+    registers: int = MAX_REGISTERS  # of a thread, at most
 
 
 class Resources(NamedTuple):
@@ -74,6 +77,7 @@ class Resources(NamedTuple):
     registers: int
     stack: int  # a kernel has no local arrays, so its stack holds nothing but spilled registers
     shared: int
+    wgmma: int = 0  # instructions in the PTX that multiply tiles as sm_90's tensor cores do it best
 
 
 def kernels() -> dict[str, Kernel]:
@@ -107,20 +111,25 @@ def builds() -> list[str]:
     """Names of all compilations: kernel/sm/dtype/head_dim."""
     return [
         f"{name}/{sm}/{dtype}/{head_dim}"
-        for name in kernels()
+        for name, kernel in kernels().items()
         for sm, dtypes in COMPILED.items()
         for dtype in dtypes
-        for head_dim in HEAD_DIMS
+        for head_dim in kernel.head_dims[dtype]
     ]
 
 
 def build(name: str, **changed: Any) -> Resources:
-    """Compile one of `builds` exactly as its wrapper would launch it, but for what is `changed`."""
+    """Compile one of `builds` exactly as its wrapper would launch it, but for what is `changed`.
+
+    Where the wrapper launches several kernels, the most that any of them takes.
+    """
     kernel_name, sm, dtype, head_dim = name.split("/")
     kernel = kernels()[kernel_name]
     module = importlib.import_module(kernel.module)
-    (launch,) = launches(module, lambda: kernel.launch(module, DTYPES[dtype], int(head_dim)))
-    return compiled(int(sm), *launch, **changed)
+    on_sm = mock.patch.object(module, "capability", lambda _: divmod(int(sm), 10))
+    with on_sm if hasattr(module, "capability") else nullcontext():
+        made = launches(module, lambda: kernel.launch(module, DTYPES[dtype], int(head_dim)))
+    return Resources(*map(max, *(compiled(int(sm), *launch, **changed) for launch in made), Resources(0, 0, 0)))
 
 
 def launches(module: ModuleType, call: Callable[[], None]) -> list[tuple[Any, tuple[Any, ...], dict[str, Any]]]:
@@ -173,7 +182,8 @@ def compiled(sm: int, kernel: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
     source = ASTSource(kernel, {name: signature[name] for name in kernel.arg_names}, constants, attributes)
     built = triton.compile(source, target=GPUTarget("cuda", sm, 32), options=options)
     registers, stack, fixed = read_cubin(built.asm["cubin"])
-    return Resources(registers, stack, fixed + built.metadata.shared)  # Triton's own part is allotted at launch
+    shared = fixed + built.metadata.shared  # Triton's own part is allotted at launch
+    return Resources(registers, stack, shared, built.asm["ptx"].count("wgmma.mma_async"))
 
 
 def read_cubin(cubin: bytes) -> tuple[int, int, int]:
@@ -189,15 +199,15 @@ def read_cubin(cubin: bytes) -> tuple[int, int, int]:
     return int(found[0]), int(found[1]), int(found[2])
 
 
-def complaints(sm: int, used: Resources) -> list[str]:
+def complaints(sm: int, used: Resources, max_registers: int = MAX_REGISTERS) -> list[str]:
     """What is wrong with a kernel on this GPU; nothing, if it fits and runs as compiled code should."""
     found = []
     if used.shared > LIMITS[sm] * 1024:
         found.append(f"{used.shared} bytes of shared memory exceed sm_{sm}'s {LIMITS[sm]} KiB")
     if used.stack and sm != 75:
         found.append(f"{used.stack} bytes of registers spilled on sm_{sm}")
-    if used.registers > MAX_REGISTERS and sm != 75:
-        found.append(f"{used.registers} registers exceed {MAX_REGISTERS} on sm_{sm}")
+    if used.registers > max_registers and sm != 75:
+        found.append(f"{used.registers} registers exceed {max_registers} on sm_{sm}")
     return found
 
 

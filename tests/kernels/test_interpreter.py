@@ -42,18 +42,50 @@ STORE_MISTAKES: dict[str, Callable[..., Any]] = {
     "forgets a token": lambda r, k, v, s, slots: r(k[2:], v[2:], s, slots[2:]),
     "stores in block 1": lambda r, k, v, s, slots: r(k, v, s, slots.clamp(max=s.shape[3])),
 }
+# (right, q, k, v, storage, block table, cu_q, kv_lens, longest chunk, scale, out)
+PREFILL_MISTAKES: dict[str, Callable[..., Any]] = {
+    "forgets what came before": lambda r, q, k, v, s, t, c, n, m, x, out=None: r(q, k, v, s, t, c, c.diff(), m, x, out),
+    "forgets one token before": lambda r, q, k, v, s, t, c, n, m, x, out=None: r(
+        q, k, v, s, t, c, (n - 1).clamp(min=0), m, x, out
+    ),
+    "sees the next token": lambda r, q, k, v, s, t, c, n, m, x, out=None: r(
+        q, k.roll(-1, 0), v.roll(-1, 0), s, t, c, n, m, x, out
+    ),
+    "swaps K and V": lambda r, q, k, v, s, t, c, n, m, x, out=None: r(q, v, k, s.flip(1), t, c, n, m, x, out),
+    "pairs heads wrongly": lambda r, q, k, v, s, t, c, n, m, x, out=None: r(q.flip(1), k, v, s, t, c, n, m, x, out),
+    "forgets the scale": lambda r, q, k, v, s, t, c, n, m, x, out=None: r(q, k, v, s, t, c, n, m, 1.0, out),
+    "ends a chunk too late": lambda r, q, k, v, s, t, c, n, m, x, out=None: r(
+        q, k, v, s, t, torch.cat((c[:-1], c[-1:] + 1)), n, m, x, out
+    ),
+    "leaves `out` alone": lambda r, q, k, v, s, t, c, n, m, x, out=None: (
+        r(q, k, v, s, t, c, n, m, x) if out is None else out
+    ),
+}
+DECODE_MISTAKES: dict[str, Callable[..., Any]] = {
+    "forgets a split": lambda r, q, s, t, n, x, splits, space=None, out=None: r(
+        q, s, t, n - n // splits, x, splits, space, out
+    ),
+    "leaves `out` alone": lambda r, q, s, t, n, x, splits, space=None, out=None: (
+        r(q, s, t, n, x, splits) if out is None else out
+    ),
+}
+MISTAKES = {
+    "paged_attention": ("lengths", ATTENTION_MISTAKES),
+    "store_kv": ("padding", STORE_MISTAKES),
+    "flash_prefill": ("prompts, decodes, padding", PREFILL_MISTAKES),
+    "paged_decode": ("16 splits", DECODE_MISTAKES),
+}
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(
     ("name", "case", "mistake"),
-    [("paged_attention", "lengths", name) for name in ATTENTION_MISTAKES]
-    + [("store_kv", "padding", name) for name in STORE_MISTAKES],
+    [(name, case, mistake) for name, (case, mistakes) in MISTAKES.items() for mistake in mistakes],
 )
 def test_the_checks_refuse(name: str, case: str, mistake: str, dtype: torch.dtype) -> None:
     kernel = harness.kernels()[name]
     twin = getattr(importlib.import_module(kernel.module), f"{name}_reference")
-    wrong = {"paged_attention": ATTENTION_MISTAKES, "store_kv": STORE_MISTAKES}[name][mistake]
+    wrong = MISTAKES[name][1][mistake]
 
     def mistaken(*args: Any, **kwargs: Any) -> Any:
         return wrong(twin, *args, **kwargs)

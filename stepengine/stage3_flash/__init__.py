@@ -1,0 +1,1 @@
+"""Stage 3: attention in tiles, in our own Triton kernels."""

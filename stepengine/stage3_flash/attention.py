@@ -1,0 +1,103 @@
+"""Flash attention: scores are never written out, neither for prompts nor for decodes."""
+
+import math
+
+import torch
+from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
+
+from stepengine.core.batch import Batch
+from stepengine.core.kv_pool import KVPool
+from stepengine.model.config import ModelConfig
+from stepengine.stage2_paged.gather import Gather, plan_gather
+
+
+class FlashAttention:
+    """Attention by tiles with an online softmax (FlashAttention, Dao et al. 2022; FlashAttention-2, Dao 2023).
+
+    On a GPU two kernels of our own read K/V through the block table: one for chunks of any length, one
+    for decodes that splits a long sequence among several programs (Flash-Decoding). On a CPU torch's
+    fused attention runs the same algorithm on gathered tiles.
+    """
+
+    capturable = False
+
+    def __init__(self, config: ModelConfig, pool: KVPool) -> None:
+        self.pool = pool
+        self.num_heads = config.num_heads
+        self.num_kv_heads = config.num_kv_heads
+        self.scale = 1 / math.sqrt(config.head_dim)
+        on_gpu = pool.device.type == "cuda"
+        self.num_sms = torch.cuda.get_device_properties(pool.device).multi_processor_count if on_gpu else 0
+
+    def forward(self, layer: int, q: Tensor, k: Tensor, v: Tensor, batch: Batch) -> Tensor:
+        """q [T, Hq, D], k and v [T, Hk, D] -> [T, Hq, D]; k and v are stored on the way."""
+        if q.is_cuda:
+            return self._on_gpu(layer, q, k, v, batch)
+        self._store(layer, k, v, batch)
+        return self._decode(layer, q, batch) if batch.max_q == 1 else self._chunks(layer, q, k, v, batch)
+
+    def _on_gpu(self, layer: int, q: Tensor, k: Tensor, v: Tensor, batch: Batch) -> Tensor:
+        from stepengine.stage2_paged.kernels import store_kv
+        from stepengine.stage3_flash import kernels
+
+        storage = self.pool.layers[layer]
+        store_kv(k, v, storage, batch.slots)
+        table, lens = batch.block_table, batch.kv_lens
+        if batch.max_q > 1:
+            return kernels.flash_prefill(q, k, v, storage, table, batch.cu_q, lens, batch.max_q, self.scale)
+        longest = table.shape[1] * self.pool.block_size
+        splits = kernels.decode_splits(batch.num_rows, self.num_kv_heads, longest, self.num_sms)
+        return kernels.paged_decode(q, storage, table, lens, self.scale, splits)
+
+    def _store(self, layer: int, k: Tensor, v: Tensor, batch: Batch) -> None:
+        if "write" not in batch.memo:
+            batch.memo["write"] = self.pool.write_index(batch.slots)
+        key_rows, value_rows = batch.memo["write"]
+        rows = self.pool.rows(layer)
+        rows.index_copy_(0, key_rows, k.reshape(-1, k.shape[-1]))
+        rows.index_copy_(0, value_rows, v.reshape(-1, v.shape[-1]))
+
+    def _chunks(self, layer: int, q: Tensor, k: Tensor, v: Tensor, batch: Batch) -> Tensor:
+        """Chunks of any length, one after another; only what came before a chunk is read from blocks."""
+        storage, size = self.pool.layers[layer], self.pool.block_size
+        out = []
+        each = zip(q.split(batch.lengths), k.split(batch.lengths), v.split(batch.lengths), strict=True)
+        for row, (queries, keys, values) in enumerate(each):
+            start, end, mask = batch.starts[row], batch.starts[row] + batch.lengths[row], None
+            keys, values = keys.transpose(0, 1), values.transpose(0, 1)  # [Hk, L, D]
+            if start:
+                table = batch.block_table[row, : -(-end // size)]
+                blocks = storage.index_select(0, table).permute(1, 2, 0, 3, 4)  # [2, Hk, M, block_size, D]
+                keys, values = blocks.flatten(2, 3)[:, :, :end]
+                mask = torch.ones(end - start, end, dtype=torch.bool).tril_(start)
+            fused = scaled_dot_product_attention(
+                queries.transpose(0, 1)[None],
+                keys[None],
+                values[None],
+                attn_mask=mask,
+                is_causal=mask is None,
+                scale=self.scale,
+                enable_gqa=self.num_heads != self.num_kv_heads,
+            )
+            out.append(fused[0].transpose(0, 1))
+        return torch.cat(out)
+
+    def _decode(self, layer: int, q: Tensor, batch: Batch) -> Tensor:
+        """One token per row: for each group one gather and one fused attention, a KV head's queries as its rows."""
+        if "gather" not in batch.memo:
+            batch.memo["gather"] = plan_gather(batch, self.pool, q.dtype)
+        gather: Gather = batch.memo["gather"]
+        heads, head_dim = self.num_kv_heads, q.shape[-1]
+        stored = self.pool.layers[layer].view(-1, self.pool.block_size * head_dim)  # tile by tile
+        q = q.index_select(0, gather.order)
+        out = torch.empty_like(q)
+        at = 0
+        for count, tiles, mask in gather.groups:
+            keys, values = stored.index_select(0, tiles).view(2, count, heads, -1, head_dim)  # [R, Hk, L, D]
+            queries = q[at : at + count].view(count, heads, -1, head_dim)  # [R, Hk, G, D]
+            mask = mask.view(count, heads, 1, -1)
+            fused = scaled_dot_product_attention(queries, keys, values, attn_mask=mask, scale=self.scale)
+            out[at : at + count] = fused.reshape(count, -1, head_dim)
+            at += count
+        return out.index_select(0, gather.back)
