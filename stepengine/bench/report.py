@@ -23,8 +23,8 @@ def why(before: Run, after: Run) -> str:
         return f"tokens/s {ratio:.2f}x: prompts alone took {sum(prompts):.0f} ms, now {sum(new_prompts):.0f} ms."
     return (
         f"tokens/s {ratio:.2f}x: {len(decodes)} decode steps of {median(decodes):.0f} ms became {len(new_decodes)} of "
-        f"{median(new_decodes):.0f} ms; prompts {sum(prompts) / 1e3:.1f} s in {len(prompts)} steps became "
-        f"{sum(new_prompts) / 1e3:.1f} s in {len(new_prompts)}."
+        f"{median(new_decodes):.0f} ms; prompts {sum(prompts) / 1e3:.1f} s in {len(prompts)} "
+        f"step{'s' if len(prompts) != 1 else ''} became {sum(new_prompts) / 1e3:.1f} s in {len(new_prompts)}."
     )
 
 
