@@ -5,7 +5,7 @@
 # TORCH_INDEX=url     where CPU builds of torch are, if pip's own sources have none (default: the PyTorch project's)
 # STEPENGINE_TORCH=cpu|cuda   the build of torch, if what is found on this machine should not decide
 # FAST=1              `make ladder` in its short form
-# ARGS="..."          further arguments for the command behind `learn`, `gpu-test` and `ladder`
+# ARGS="..."          further arguments for the command behind `learn`, `gpu-test`, `gpu` and `ladder`
 
 NEW_ENOUGH := import sys; sys.exit(sys.version_info < (3, 11))
 ifndef PYTHON
@@ -16,7 +16,7 @@ MODEL := smollm2-135m
 SETUP = $(PYTHON) scripts/setup.py $(if $(OFFLINE),--offline "$(OFFLINE)")
 
 .DEFAULT_GOAL := help
-.PHONY: help setup learn test gpu-test ladder wheels clean python
+.PHONY: help setup learn test gpu-test gpu ladder wheels clean python
 
 help: ## this list
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 16
@@ -32,6 +32,10 @@ test: python ## set up, then run every check
 gpu-test: python ## set up, then run the kernels' tests on this machine's GPU
 	@$(SETUP)
 	@.venv/bin/python -m pytest -rs -m gpu tests/kernels $(ARGS)
+
+gpu: python ## set up, then measure every stage on this machine's GPU (at most nine minutes), into bench/records/
+	@$(SETUP)
+	@.venv/bin/python -m stepengine.bench.gpu --out bench/records $(ARGS)
 
 ladder: python ## set up, then run every stage on the same requests (FAST=1: in under a minute)
 	@$(SETUP) --model $(MODEL)
