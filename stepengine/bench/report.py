@@ -75,8 +75,8 @@ def _gain(metric: Mapping[str, Any]) -> str:
     before, after = metric["before"], metric["after"]
     text = f"{metric['name']}: {_number(before)} -> {_number(after)}"
     if before and after and before != after:
-        more = "more" if after > before else "fewer"
-        text += f", {max(before, after) / min(before, after):.1f} times {more}"
+        ratio = max(before, after) / min(before, after)
+        text += f", {ratio:.1f} times {'more' if after > before else 'fewer'}" if ratio >= 1.05 else ", about the same"
     return text
 
 

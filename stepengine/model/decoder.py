@@ -56,9 +56,7 @@ class Layer(nn.Module):
         heads = self.qkv(x).unflatten(-1, (-1, self.head_dim))  # [T, Hq + 2 * Hk, D]
         qk, v = heads.split((self.num_heads + self.num_kv_heads, self.num_kv_heads), dim=1)
         if self.q_norm is not None and self.k_norm is not None:
-            q, k = qk.split((self.num_heads, self.num_kv_heads), dim=1)
-            q, k = ops.rms_norm(q, self.q_norm, self.eps), ops.rms_norm(k, self.k_norm, self.eps)
-            q, k = ops.apply_rope(q, k, cos, sin)
+            q, k = ops.norm_rotate(qk, self.num_heads, self.q_norm, self.k_norm, self.eps, cos, sin)
         else:
             q, k = ops.rotate(qk, cos, sin).split((self.num_heads, self.num_kv_heads), dim=1)
         x = self.o(attention.forward(self.index, q, k, v, batch).flatten(1))

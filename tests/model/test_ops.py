@@ -1,9 +1,14 @@
 """Each operation against the line of `transformers` that it stands for."""
 
+from types import SimpleNamespace
+from unittest import mock
+
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers.models.llama import modeling_llama as theirs
 from transformers.models.llama.configuration_llama import LlamaConfig
+from transformers.models.qwen3.modeling_qwen3 import Qwen3RMSNorm
 
 from stepengine.model import ops
 from stepengine.model.config import ModelConfig
@@ -67,6 +72,25 @@ def test_rope(dtype, rope, head_dim):
 
 
 @DTYPES
+def test_norm_rotate(dtype):
+    """As Qwen3's attention does it: each head normalised by its own kind's weight, then rotated."""
+    torch.manual_seed(0)
+    qk = torch.randn(5, 6, 32).mul(3).to(dtype)
+    norms = [Qwen3RMSNorm(32, eps=1e-6).to(dtype) for _ in range(2)]
+    for norm in norms:
+        norm.weight.data.normal_(1, 0.3)
+    angles = torch.arange(5)[:, None] * torch.rand(16).repeat(2)
+    cos, sin = angles.cos().to(dtype), angles.sin().to(dtype)
+    with torch.inference_mode():
+        heads = norms[0](qk[None, :, :4]), norms[1](qk[None, :, 4:])
+        expected = theirs.apply_rotary_pos_emb(*heads, cos[None], sin[None], unsqueeze_dim=2)
+        negated = torch.cat((-sin[:, :16], sin[:, 16:]), -1)  # as `rope_tables` lays it out
+        found = ops.norm_rotate(qk, 4, norms[0].weight, norms[1].weight, 1e-6, cos, negated)
+    for ours, reference in zip(found, expected, strict=True):
+        torch.testing.assert_close(ours, reference[0], rtol=TOLERANCE[dtype]["rtol"], atol=TOLERANCE[dtype]["atol"] * 4)
+
+
+@DTYPES
 def test_silu_mul(dtype):
     torch.manual_seed(0)
     config = LlamaConfig(hidden_size=24, intermediate_size=40, num_attention_heads=2)
@@ -74,3 +98,26 @@ def test_silu_mul(dtype):
     gate, up = torch.randn(5, 40).to(dtype), torch.randn(5, 40).to(dtype)
     expected = mlp.act_fn(gate) * up
     torch.testing.assert_close(ops.silu_mul(torch.cat((gate, up), -1)), expected, **TOLERANCE[dtype])
+
+
+@pytest.mark.parametrize(
+    ("name", "shapes"),
+    [
+        ("rms_norm", [(2, 8), (8,), 1e-5]),
+        ("add_rms_norm", [(2, 8), (2, 8), (8,), 1e-5]),
+        ("rotate", [(2, 3, 8), (2, 8), (2, 8)]),
+        ("norm_rotate", [(2, 3, 8), 2, (8,), (8,), 1e-5, (2, 8), (2, 8)]),
+        ("silu_mul", [(2, 8)]),
+    ],
+)
+def test_a_gpus_tensors_go_to_the_kernel_of_the_same_name(name, shapes):
+    """With tensors that say they are on a GPU and hold nothing; those of a CPU need no Triton."""
+
+    def made(device):
+        return [torch.empty(shape, device=device) if isinstance(shape, tuple) else shape for shape in shapes]
+
+    with mock.patch.object(ops, "_kernels", lambda: SimpleNamespace(**{name: lambda *args: args})), FakeTensorMode():
+        args = made("cuda")
+        assert all(got is given for got, given in zip(getattr(ops, name)(*args), args, strict=True))
+    with mock.patch.object(ops, "_kernels", side_effect=AssertionError("asked for a kernel")):
+        getattr(ops, name)(*made("cpu"))
