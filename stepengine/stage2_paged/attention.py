@@ -9,7 +9,7 @@ from stepengine.core.batch import Batch
 from stepengine.core.kv_pool import KVPool
 from stepengine.model.config import ModelConfig
 from stepengine.stage0_naive.attention import causal_attention
-from stepengine.stage2_paged.gather import Gather, plan_gather
+from stepengine.stage2_paged.gather import Copies, Gather, plan_gather
 
 
 class PagedAttention:
@@ -27,6 +27,7 @@ class PagedAttention:
         self.pool = pool
         self.num_kv_heads = config.num_kv_heads
         self.scale = 1 / math.sqrt(config.head_dim)
+        self.copies = Copies()
 
     def forward(self, layer: int, q: Tensor, k: Tensor, v: Tensor, batch: Batch) -> Tensor:
         """q [T, Hq, D], k and v [T, Hk, D] -> [T, Hq, D]; k and v are stored on the way."""
@@ -81,7 +82,7 @@ class PagedAttention:
         at = 0
         for count, tiles, mask in gather.groups:
             pairs = count * self.num_kv_heads
-            keys, values = stored.index_select(0, tiles).view(2, pairs, -1, head_dim)  # [R x Hk, L, D]
+            keys, values = self.copies.of(stored, tiles).view(2, pairs, -1, head_dim)  # [R x Hk, L, D]
             queries = q[at : at + count].view(pairs, -1, head_dim)  # [R x Hk, G, D]
             scores = torch.baddbmm(mask, queries, keys.transpose(1, 2), alpha=self.scale)
             weights = scores.softmax(-1, dtype=torch.float32).to(q.dtype)  # [R x Hk, G, L]

@@ -52,3 +52,18 @@ def _group(batch: Batch, rows: list[int], pool: KVPool, dtype: torch.dtype) -> G
     beyond = torch.arange(table.shape[1] * size) >= batch.kv_lens[rows][:, None]
     mask = torch.zeros(beyond.shape, dtype=dtype).masked_fill_(beyond, -torch.inf)
     return Group(len(rows), torch.cat((keys, keys + heads)), mask.repeat_interleave(heads, 0)[:, None])
+
+
+class Copies:
+    """Where gathered tiles lie: one buffer that all layers and steps use, so that no call asks for fresh memory."""
+
+    def __init__(self) -> None:
+        self._room = torch.empty(0)
+
+    def of(self, stored: Tensor, tiles: Tensor) -> Tensor:
+        """The rows `tiles` of `stored` [rows, N], side by side: [len(tiles), N]. Valid until the next call."""
+        need = tiles.numel() * stored.shape[1]
+        if self._room.numel() < need or self._room.dtype != stored.dtype:
+            with torch.inference_mode(False):  # usable in either mode
+                self._room = torch.empty(need, dtype=stored.dtype)
+        return torch.index_select(stored, 0, tiles, out=self._room[:need].view(tiles.numel(), -1))

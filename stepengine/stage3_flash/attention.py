@@ -9,7 +9,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from stepengine.core.batch import Batch
 from stepengine.core.kv_pool import KVPool
 from stepengine.model.config import ModelConfig
-from stepengine.stage2_paged.gather import Gather, plan_gather
+from stepengine.stage2_paged.gather import Copies, Gather, plan_gather
 
 
 class FlashAttention:
@@ -27,6 +27,7 @@ class FlashAttention:
         self.num_heads = config.num_heads
         self.num_kv_heads = config.num_kv_heads
         self.scale = 1 / math.sqrt(config.head_dim)
+        self.copies = Copies()
         on_gpu = pool.device.type == "cuda"
         self.num_sms = torch.cuda.get_device_properties(pool.device).multi_processor_count if on_gpu else 0
 
@@ -94,7 +95,7 @@ class FlashAttention:
         out = torch.empty_like(q)
         at = 0
         for count, tiles, mask in gather.groups:
-            keys, values = stored.index_select(0, tiles).view(2, count, heads, -1, head_dim)  # [R, Hk, L, D]
+            keys, values = self.copies.of(stored, tiles).view(2, count, heads, -1, head_dim)  # [R, Hk, L, D]
             queries = q[at : at + count].view(count, heads, -1, head_dim)  # [R, Hk, G, D]
             mask = mask.view(count, heads, 1, -1)
             fused = scaled_dot_product_attention(queries, keys, values, attn_mask=mask, scale=self.scale)
