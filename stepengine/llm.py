@@ -72,6 +72,9 @@ class LLM:
         staged = {"block_pool": block_pool, "block_size": block_size, **vars(sizes), "max_num_seqs": None}
         check_settings(self.stage, {**staged, **later}, _names())
         own = {"scheduler": scheduler, "cache": cache, "attention": attention, "block_pool": block_pool}
+        for name, part in own.items():
+            if part is not None and not callable(part):
+                raise InvalidSetting(f"{name} is {part!r}; it must be a class or a function that makes the part.")
         parts = replace(self.stage.parts, **{name: part for name, part in own.items() if part is not None})
         counts = {"max_num_batched_tokens": max_num_batched_tokens, "max_model_len": max_model_len}
         for name, value in {**counts, "block_size": block_size}.items():

@@ -49,6 +49,7 @@ def test_host_memory_is_taken_for_swapping_only(tiny):
         ({"swap_space": -1, "preemption": "swap"}, "swap_space is -1"),
         ({"swap_space": 1 << 47, "preemption": "swap"}, "MiB of host memory are free"),
         ({"gpu_memory_utilization": 0.5}, "the device is a CPU; use kv_cache_memory"),
+        ({"block_pool": 3}, "block_pool is 3; it must be a class or a function"),
         ({"gpu_memory_utilization": 1.5}, "above 0 and at most 1"),
     ],
 )
