@@ -80,4 +80,9 @@ class StepRecord(NamedTuple):
     forked: tuple[tuple[int, int], ...] = ()  # (parent, child), since the last step
     t_plan: float = 0.0  # planning began
     t_run: float = 0.0  # the plan was ready, the device was given work
-    t_done: float = 0.0  # ids were on the host and the request states were updated
+    t_done: float = 0.0  # the request states were updated
+    t_launched: float = 0.0  # the device had all its work and the host was free again
+    t_landed: float = 0.0  # ids were on the host
+    device_began: float = 0.0  # the device began with the step's tokens
+    device_ended: float = 0.0
+    replayed: int = 0  # tokens, padding included, of the captured step that ran; 0: launched kernel by kernel

@@ -177,6 +177,7 @@ class Request:
     group: int = -1  # id of the first sample of the same prompt; unless given, its own
     sample: int = 0
     noise_key: int = 0  # 32-bit key of the sampling noise, from (seed, sample)
+    cache_salt: str = ""  # K/V are found again only by requests with the same salt
     text: TextStream | None = None
     t_arrived: float = 0.0
     t_first: float | None = None
@@ -184,6 +185,7 @@ class Request:
     token_ids: list[int] = field(init=False)  # prompt and output
     scheduled: int = 0
     computed: int = 0
+    expected: int = 0  # tokens at the end of `token_ids` that the device has and the host does not know yet
     blocks: list[int] = field(default_factory=list)  # block table
     state: State = State.WAITING
     epoch: int = 0
@@ -210,14 +212,19 @@ class Request:
     def num_outputs(self) -> int:
         return len(self.token_ids) - len(self.prompt_ids)
 
+    @property
+    def due(self) -> int:
+        """Tokens to hand to the device; 0 while the last one that the request may have is on its way to the host."""
+        return 0 if self.expected and self.num_tokens >= self.max_len else self.num_tokens - self.scheduled
+
     def accepts(self, chunk: Chunk) -> bool:
         """Whether a result of `chunk` still belongs to this request."""
         return self.state is State.RUNNING and self.epoch == chunk.epoch
 
-    def schedule(self, blocks: tuple[int, ...] = (), cached: int = 0) -> Chunk:
-        """Hand all known tokens that are not yet scheduled to the device, as one chunk."""
+    def schedule(self, blocks: tuple[int, ...] = (), cached: int = 0, most: int | None = None) -> Chunk:
+        """Hand tokens that are not yet scheduled to the device, as one chunk: all of them, or at most `most`."""
         start = self.scheduled
-        self.scheduled = self.num_tokens
+        self.scheduled = self.num_tokens if most is None else min(self.num_tokens, start + most)
         self.blocks.extend(blocks)
         return Chunk(self.id, start, self.scheduled - start, blocks, cached, self.epoch)
 

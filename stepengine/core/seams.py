@@ -31,13 +31,18 @@ class Limits:
     num_blocks: int = 0
     preemption: str = "recompute"  # what becomes of a preempted request's K/V: "recompute" or "swap"
     num_host_blocks: int = 0  # room for swapped blocks in host memory
+    long_prefill_token_threshold: int = 0  # no chunk of a prompt is longer; 0: the budget alone decides
 
 
 class Grant(NamedTuple):
-    """Room for a request's tokens: blocks to append to its table (hits first), copies to make first."""
+    """Room for a request's tokens: blocks to append to its table (hits first), copies to make first.
+
+    `evicted`: blocks whose contents could be found again and were given up for it.
+    """
 
     blocks: tuple[int, ...] = ()
     copies: tuple[Copy, ...] = ()
+    evicted: tuple[int, ...] = ()
 
 
 class Scheduler(Protocol):

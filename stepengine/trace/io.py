@@ -197,6 +197,11 @@ READ_STEP = {
     "t_plan": _time,
     "t_run": _time,
     "t_done": _time,
+    "t_launched": _time,
+    "t_landed": _time,
+    "device_began": _time,
+    "device_ended": _time,
+    "replayed": lambda v: _typed(v, int),
 }
 READ_REQUEST = {
     "id": lambda v: _typed(v, int),
