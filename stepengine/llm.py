@@ -12,11 +12,14 @@ import torch
 import stepengine
 from stepengine.core.batch import Staging
 from stepengine.core.engine import Engine
+from stepengine.core.graphs import MOST_TOKENS, Graphs, cuda_capture
 from stepengine.core.interrupts import interrupts_held
 from stepengine.core.kv_pool import KVPool
+from stepengine.core.pipelined import PipelinedEngine
 from stepengine.core.request import Request, RequestOutput, SamplingParams
 from stepengine.core.runner import Runner
 from stepengine.core.seams import Limits, Parts
+from stepengine.core.streams import Cuda, Inline, Stream, Thread
 from stepengine.errors import InvalidRequest, InvalidSetting, ModelError, StepEngineError
 from stepengine.model.catalog import resolve
 from stepengine.model.config import ModelConfig, check_run_length, require_unquantized
@@ -41,7 +44,9 @@ class LLM:
     attention: the reader's own part in place of the stage's. From stage 2: block_size (tokens),
     num_blocks (in place of kv_cache_memory), preemption "recompute" or "swap", swap_space (bytes of host
     memory for swapped blocks), gpu_memory_utilization (of the GPU, for weights, activations and K/V
-    together). Raises `InvalidSetting` or `ModelError`.
+    together). From stage 3: cuda_graphs (on a GPU, replay captured steps; "padded", on any device: run
+    steps at the sizes of the graphs, kernel by kernel), pipelined (launch a step while the one before
+    it runs; on a CPU in a thread). Raises `InvalidSetting` or `ModelError`.
     """
 
     def __init__(
@@ -65,11 +70,14 @@ class LLM:
         preemption: str | None = None,
         swap_space: int | None = None,
         gpu_memory_utilization: float | None = None,
+        cuda_graphs: bool | str | None = None,
+        pipelined: bool | None = None,
         **later: Any,
     ) -> None:
         self.stage = find_stage(stage)
         sizes = Sizes(max_num_seqs, kv_cache_memory, num_blocks, preemption, swap_space, gpu_memory_utilization)
         staged = {"block_pool": block_pool, "block_size": block_size, **vars(sizes), "max_num_seqs": None}
+        staged |= {"cuda_graphs": cuda_graphs, "pipelined": pipelined}
         check_settings(self.stage, {**staged, **later}, _names())
         own = {"scheduler": scheduler, "cache": cache, "attention": attention, "block_pool": block_pool}
         for name, part in own.items():
@@ -83,6 +91,7 @@ class LLM:
         if not isinstance(seed, int) or isinstance(seed, bool):
             raise InvalidSetting(f"seed is {seed!r}; it must be a whole number.")
         self.device = _device(device)
+        _check_switches(cuda_graphs, pipelined, self.device)
 
         self.name = str(model)
         folder = resolve(model)
@@ -130,10 +139,26 @@ class LLM:
         if not block_size and kv_cache.capacity_tokens == 0:
             raise InvalidSetting(f"This cache stores K/V, and stage {self.stage.name} has no storage; use stage 1a.")
         pool = KVPool(self.config, num_blocks, block_size, self.device, self.dtype, host_blocks)
-        staging = Staging(self.device, seqs, budget, table_length, block_size)
-        runner = Runner(decoder, parts.attention(self.config, pool), staging, pool)
-        self.trace = Trace(self._meta(decoder, limits, parts), self.tokenizer) if trace else None
-        self.engine = Engine(
+        attend = parts.attention(self.config, pool)
+        if cuda_graphs and not attend.capturable:
+            raise InvalidSetting(
+                f"cuda_graphs is {cuda_graphs!r}, and {type(attend).__name__} cannot be captured; leave one of the two "
+                f"out."
+            )
+        if pipelined and not block_size:
+            raise InvalidSetting("pipelined is True, and this engine stores no K/V for the next step; use a cache.")
+        if cuda_graphs:  # a row for padding, and room for the largest bucket
+            staging = Staging(
+                self.device, seqs + 1, max(budget, MOST_TOKENS), table_length, block_size, bool(pipelined)
+            )
+        else:
+            staging = Staging(self.device, seqs, budget, table_length, block_size, bool(pipelined))
+        graphs = Graphs(cuda_capture() if cuda_graphs is True else None) if cuda_graphs else None
+        runner = Runner(decoder, attend, staging, pool, graphs, _stream(self.device, staging.max_rows, bool(pipelined)))
+        runner.warm_up()
+        switches = {"cuda_graphs": cuda_graphs or False, "pipelined": bool(pipelined)}
+        self.trace = Trace({**self._meta(decoder, limits, parts), **switches}, self.tokenizer) if trace else None
+        self.engine = (PipelinedEngine if pipelined else Engine)(
             parts.scheduler(limits, kv_cache),
             kv_cache,
             runner,
@@ -332,6 +357,24 @@ def _device(name: str) -> torch.device:
             "device is 'cuda', but torch finds no GPU here; use device='cpu' or see `stepengine doctor`."
         )
     return torch.device(name)
+
+
+def _check_switches(cuda_graphs: Any, pipelined: Any, device: torch.device) -> None:
+    if cuda_graphs not in (None, False, True, "padded"):
+        raise InvalidSetting(f"cuda_graphs is {cuda_graphs!r}; it must be True, False or 'padded'.")
+    if cuda_graphs is True and device.type != "cuda":
+        raise InvalidSetting(
+            "cuda_graphs is True, but device is 'cpu', where there is nothing to capture; leave it out, or use "
+            "'padded' to run every step at the size of its graph."
+        )
+    if pipelined not in (None, False, True):
+        raise InvalidSetting(f"pipelined is {pipelined!r}; it must be True or False.")
+
+
+def _stream(device: torch.device, max_rows: int, ahead: bool) -> Stream:
+    if device.type == "cuda":
+        return Cuda(device, max_rows)
+    return Thread() if ahead else Inline()
 
 
 def _dtype(asked: str | torch.dtype, device: torch.device, config: ModelConfig) -> torch.dtype:

@@ -35,6 +35,9 @@ STAGES = (
     Stage("1b", "stage1_kvcache", "continuous batching", "PARTS_B"),
     Stage("2", "stage2_paged", "paged K/V, sharing, preemption"),
     Stage("3", "stage3_flash", "flash attention"),
+    Stage("4a", "stage4_chunked_prefix", "chunked prefill", "PARTS_A"),
+    Stage("4b", "stage4_chunked_prefix", "prefix caching", "PARTS_B"),
+    Stage("4", "stage4_chunked_prefix", "chunked prefill and prefix caching"),
 )
 
 ARRIVES = {

@@ -1,16 +1,61 @@
 """Milliseconds per decode step at a fixed number of rows and a fixed context, several engines in turns."""
 
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from statistics import median
+from typing import Any
 
 import numpy as np
 import torch
 
 from stepengine.bench import runs, workloads
 from stepengine.bench.measure import Paired, alternate
+from stepengine.bench.options import Options, bar_text, ratio_text, told_of
 from stepengine.core.request import SamplingParams, State
 from stepengine.llm import LLM
 
 STEPS = 3  # decode steps in a round; the fastest counts, so that a step someone else disturbed does not
+
+
+def compare(options: Options, stages: tuple[str, str], bar: float, copies: bool = False) -> dict[str, Any]:
+    """One decode step of two stages at the same rows and contexts, in turns: the first's time over the second's.
+
+    `copies` also times copying the second stage's blocks alone. The bar holds for the slowest.
+    """
+    rows, contexts = ((1, 4), (24,)) if options.fast else ((1, 4, 16, 32), (128, 256, 512))
+    rounds = options.rounds if options.fast else max(options.rounds, 7)
+    longest = -(-(max(contexts) + drift(rounds, rows) + 16) // 16) * 16
+    engines = {stage: runs.build(options.model, stage, max(rows), longest) for stage in stages}
+    runs.share_weights(engines.values())
+    cells: list[dict[str, Any]] = []
+    what, total = f"decode steps: stage {', '.join(stages)}", len(rows) * len(contexts) * len(stages) * (rounds + 1)
+    with told_of(options, what, total) as told:
+        for count, context, timed in decode_times(engines, rows, contexts, rounds, options.seed, told):
+            cell = {
+                "rows": count,
+                "context": context,
+                "ms": {stage: timed.median(stage) for stage in stages},
+                "speed": vars(timed.ratio(*stages)),
+            }
+            if copies:
+                cell["copy_ms"] = median(copy_ms(engines[stages[1]]) for _ in range(rounds))
+            cells.append(cell)
+    slowest = min(float(cell["speed"]["median"]) for cell in cells)
+    return {"stages": list(stages), "cells": cells, "slowest": slowest, "bar": bar, "met": slowest >= bar}
+
+
+def compare_text(result: Mapping[str, Any]) -> list[str]:
+    """A comparison as lines of at most 120 columns."""
+    first, second = result["stages"]
+    lines = [f"    slowest {result['slowest']:.2f}x; {bar_text(dict(result), '>=')}"]
+    for cell in result["cells"]:
+        ms = cell["ms"]
+        lines.append(
+            f"    {cell['rows']:3} rows at {cell['context']:4}: {ms[first]:6.1f} ms, stage {second} {ms[second]:6.1f} ms, "
+            f"speed {ratio_text(cell['speed'])}"
+            + (f"; copying alone {cell['copy_ms']:.1f} ms" if "copy_ms" in cell else "")
+        )
+    return lines
 
 
 def drift(rounds: int, rows: Sequence[int]) -> int:
@@ -47,8 +92,6 @@ def decode_times(
 
 def copy_ms(llm: LLM) -> float:
     """Milliseconds to copy the blocks of all running requests together once, in all layers: what a gather costs."""
-    import time
-
     blocks = [block for request in llm.engine.requests.values() for block in request.blocks]
     pool = llm.engine.runner.pool
     heads = pool.storage.shape[3]

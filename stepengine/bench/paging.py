@@ -139,30 +139,8 @@ def _work(ids: Any, options: Options, count: int, longest: int) -> Workload:
 
 
 def step(options: Options) -> dict[str, Any]:
-    """One decode step of both stages at the same rows and contexts, in turns; and copying the blocks alone.
-
-    `speed` is stage 1b's time over stage 2's.
-    """
-    rows, contexts = ((1, 4), (24,)) if options.fast else ((1, 4, 16, 32), (128, 256, 512))
-    rounds = options.rounds if options.fast else max(options.rounds, 7)
-    longest = -(-(max(contexts) + decoding.drift(rounds, rows) + 16) // 16) * 16
-    engines = {stage: runs.build(options.model, stage, max(rows), longest) for stage in STAGES}
-    runs.share_weights(engines.values())
-    cells: list[dict[str, Any]] = []
-    with told_of(options, "decode steps: stage 1b, 2", len(rows) * len(contexts) * len(STAGES) * (rounds + 1)) as told:
-        for count, context, timed in decoding.decode_times(engines, rows, contexts, rounds, options.seed, told):
-            copies = [decoding.copy_ms(engines["2"]) for _ in range(rounds)]
-            cells.append(
-                {
-                    "rows": count,
-                    "context": context,
-                    "ms": {stage: timed.median(stage) for stage in STAGES},
-                    "speed": vars(timed.ratio("1b", "2")),
-                    "copy_ms": median(copies),
-                }
-            )
-    slowest = min(float(cell["speed"]["median"]) for cell in cells)
-    return {"cells": cells, "slowest": slowest, "bar": STEP_BAR, "met": slowest >= STEP_BAR}
+    """One decode step of both stages, and copying the blocks alone. `speed` is stage 1b's time over stage 2's."""
+    return decoding.compare(options, STAGES, STEP_BAR, copies=True)
 
 
 def text(result: dict[str, Any]) -> str:
@@ -181,13 +159,7 @@ def text(result: dict[str, Any]) -> str:
         lines.append(f"  memory ample, {'one request' if count == '1' else f'{count} requests'}, {_speed_text(part)}")
     found = result["step"]
     lines.append("  a decode step at the same rows and contexts, and copying its blocks once")
-    lines.append(f"    slowest {found['slowest']:.2f}x; {bar_text(found, '>=')}")
-    for cell in found["cells"]:
-        ms = cell["ms"]
-        lines.append(
-            f"    {cell['rows']:3} rows at {cell['context']:4}: {ms['1b']:6.1f} ms, stage 2 {ms['2']:6.1f} ms, speed "
-            f"{ratio_text(cell['speed'])}; copying alone {cell['copy_ms']:.1f} ms"
-        )
+    lines += decoding.compare_text(found)
     return "\n".join(lines)
 
 

@@ -1,5 +1,6 @@
 """One run of one workload through one engine, with a trace of its own."""
 
+from collections import deque
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import cached_property
@@ -8,13 +9,14 @@ from typing import Any
 
 import torch
 
-from stepengine.bench.workloads import Workload
+from stepengine.bench.workloads import Chats, Workload
 from stepengine.core.request import RequestOutput
 from stepengine.llm import LLM
 from stepengine.model.catalog import resolve
 from stepengine.model.config import ModelConfig
 from stepengine.stages import find_stage
 from stepengine.trace import Trace, summarize
+from stepengine.trace.metrics import RequestMetrics, percentiles, request_metrics
 
 
 @dataclass
@@ -45,6 +47,30 @@ class Run:
     @property
     def tokens_per_s(self) -> float:
         return float(self.summary["tokens_per_s"])
+
+    @cached_property
+    def requests(self) -> list[RequestMetrics]:
+        """Latencies of each sample, in the workload's order."""
+        return request_metrics(self.trace)
+
+    def itl_ms(self, kind: str) -> dict[str, float]:
+        """{"p50", "p99"} of the gaps between tokens of one kind of request, which has some."""
+        return _of(gap for index in self.workload.of(kind) for gap in self.requests[index].itl_ms)
+
+    def ttft_ms(self, kind: str) -> dict[str, float]:
+        """{"p50", "p99"} of the times to the first token of one kind of request."""
+        return _of(self.requests[index].ttft_ms for index in self.workload.of(kind))
+
+    @property
+    def hit_tokens(self) -> int:
+        """Tokens whose K/V were found rather than computed."""
+        return sum(chunk.cached for record in self.trace.steps for chunk in record.plan.chunks)
+
+
+def _of(values: Iterable[float | None]) -> dict[str, float]:
+    found = percentiles(value for value in values if value is not None)
+    assert found is not None, "no such request got that far"
+    return found
 
 
 def build(
@@ -97,18 +123,36 @@ def trace_of(llm: LLM) -> Trace:
 
 
 def run(llm: LLM, workload: Workload, told: Callable[[int], object] | None = None) -> Run:
-    """Run the workload to its end. `told` is called after each step with the tokens it gave."""
+    """Run the workload to its end, each request added when it is due. `told` gets the tokens of each step."""
     trace = llm.trace = Trace({**trace_of(llm).meta, "workload": workload.name}, llm.tokenizer)
     llm.engine.recorder = trace
-    pairs = zip(workload.prompts, workload.params(), strict=True)
-    ids = [llm.engine.add_request(list(prompt), params) for prompt, params in pairs]
+    due = workload.after or (0,) * len(workload.prompts)
+    coming = deque(zip(due, workload.prompts, workload.params(), strict=True))
+    ids: list[int] = []
     outputs: dict[int, RequestOutput] = {}
-    while llm.engine.has_unfinished():
+    given = seen = 0
+    while coming or llm.engine.has_unfinished():
+        while coming and (coming[0][0] <= given or not llm.engine.has_unfinished()):
+            _, prompt, params = coming.popleft()
+            ids.append(llm.engine.add_request(list(prompt), params))
         outputs |= {output.request_id: output for output in llm.engine.step()}
+        came = sum(token >= 0 for record in trace.steps[seen:] for token in record.token_ids)
+        given, seen = given + came, len(trace.steps)  # of a pipelined engine, a step's record comes one step later
         if told is not None:
-            told(sum(token >= 0 for token in trace.steps[-1].token_ids))
+            told(came)
     samples = [sample for request in ids for sample in outputs[request].outputs]
     return Run(workload, [sample.token_ids for sample in samples], trace)
+
+
+def run_chats(llm: LLM, chats: Chats, told: Callable[[int], object] | None = None) -> list[Run]:
+    """Run conversations turn by turn, every turn on what the one before it answered; one run per turn."""
+    turns: list[Run] = []
+    before: list[list[int]] = []
+    for number in range(len(chats.said)):
+        work = chats.turn(number, before)
+        turns.append(run(llm, work, told))
+        before = [[*prompt, *ids] for prompt, ids in zip(work.prompts, turns[-1].token_ids, strict=True)]
+    return turns
 
 
 def warm(llm: LLM, workload: Workload) -> None:

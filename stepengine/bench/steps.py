@@ -11,6 +11,7 @@ from stepengine.bench.measure import alternate
 from stepengine.bench.options import Options, bar_text, ratio_text, told_of
 from stepengine.core.engine import Step
 from stepengine.core.plan import Chunk, StepPlan
+from stepengine.core.runner import StepResult
 from stepengine.llm import LLM
 from stepengine.trace import Trace
 
@@ -92,14 +93,14 @@ def trace(options: Options) -> dict[str, Any]:
     rows, steps = 256, 1000
     llm = LLM("tiny-random", stage=options.stage, max_num_seqs=1, max_model_len=16)
     plan = StepPlan(0, tuple(Chunk(row, 100, 1) for row in range(rows)))
-    token_ids, step = list(range(rows)), Step(0.0, 0.0)
+    step, result = Step(0.0, 0.0), StepResult(list(range(rows)), {}, 1.0, 2.0, 1.0, 2.0, 0)
 
     def arm(recorder: Trace | None) -> float:
         engine = llm.engine
         engine.recorder = recorder
         began = time.perf_counter()
         for _ in range(steps):
-            engine._record(step, plan, token_ids, [])  # the engine's own call, once a step
+            engine._record(step, plan, result, [])  # the engine's own call, once a step
         return 1e6 * (time.perf_counter() - began) / steps
 
     timed = alternate({"on": lambda: arm(Trace({})), "off": lambda: arm(None)}, options.rounds)

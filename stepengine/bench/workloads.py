@@ -14,13 +14,19 @@ TEXT_CHARS = 200_000  # of the corpus; about 50,000 tokens
 
 @dataclass(frozen=True)
 class Workload:
-    """Requests that all arrive at once. Each sample gets exactly its request's output length: EOS is ignored."""
+    """Requests, by default all there at once. Each sample gets exactly its request's output length: EOS is ignored.
+
+    `after`: request i is added once all requests together have got after[i] tokens, or when nothing is left
+    to run; so a set arrives in the same way however fast an engine is. `kinds` names what a request is for.
+    """
 
     name: str
     prompts: tuple[tuple[int, ...], ...]
     output_lens: tuple[int, ...]
     seed: int
     samples: int = 1  # of each prompt
+    after: tuple[int, ...] = ()  # output tokens, never falling; () adds all at once
+    kinds: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         if not self.prompts or len(self.prompts) != len(self.output_lens):
@@ -28,6 +34,13 @@ class Workload:
                 f"Workload {self.name!r} has {len(self.prompts)} prompts and {len(self.output_lens)} output lengths; "
                 f"give one length per prompt, and at least one of each."
             )
+        if any(each and len(each) != len(self.prompts) for each in (self.after, self.kinds)):
+            raise InvalidSetting(
+                f"Workload {self.name!r} has {len(self.prompts)} prompts, {len(self.after)} times of arrival and "
+                f"{len(self.kinds)} kinds; give one per prompt, or none."
+            )
+        if any(later < sooner for sooner, later in zip(self.after, self.after[1:], strict=False)):
+            raise InvalidSetting(f"Workload {self.name!r} arrives after {self.after} tokens; put it in that order.")
 
     def params(self) -> list[SamplingParams]:
         """Greedy, to the forced length."""
@@ -48,6 +61,10 @@ class Workload:
     def longest(self) -> int:
         """Tokens of the longest request, prompt and output: the least `max_model_len` that serves all."""
         return max(len(prompt) + n for prompt, n in zip(self.prompts, self.output_lens, strict=True))
+
+    def of(self, kind: str) -> list[int]:
+        """Places of the requests of one kind."""
+        return [index for index, name in enumerate(self.kinds) if name == kind]
 
     @property
     def recomputed_tokens(self) -> int:
@@ -135,6 +152,69 @@ def few_long(
     rng = np.random.default_rng(seed)
     lens = [long if index % every == 0 else short for index in range(count)]
     return _workload(f"1 in {every} long", ids, rng, prompt, lens, seed)
+
+
+def long_arrivals(
+    ids: np.ndarray, seed: int, running: int, outputs: int, long: int, count: int, own: int = 4, short: int = 16
+) -> Workload:
+    """`running` requests decode; `count` prompts of `long` tokens come in on them, each with a short one behind it.
+
+    Kinds: "running" (prompts of `short` tokens, `outputs` tokens each), "long" and "other" (`own` tokens each).
+    Arrivals are spread evenly over the tokens that the running ones get.
+    """
+    rng = np.random.default_rng(seed)
+    kinds = ["running"] * running + ["long", "other"] * count
+    lens = {"running": short, "long": long, "other": short}
+    prompts = _cut(ids, rng, [lens[kind] for kind in kinds])
+    each = running * outputs // (count + 1)
+    after = [0] * running + [each * turn for turn in range(1, count + 1) for _ in range(2)]
+    outs = tuple(outputs if kind == "running" else own for kind in kinds)
+    name = f"{running} decodes, {count} prompts of {long}"
+    return Workload(name, prompts, outs, seed, after=tuple(after), kinds=tuple(kinds))
+
+
+def few_shot(ids: np.ndarray, seed: int, count: int, shared: int, own: int, output: int) -> Workload:
+    """Prompts of `shared` tokens that are the same (the examples) and `own` that are not (the question).
+
+    The first is there before the others, which come as soon as it has its first token.
+    """
+    rng = np.random.default_rng(seed)
+    (examples,), questions = _cut(ids, rng, [shared]), _cut(ids, rng, [own] * count)
+    prompts = tuple(examples + question for question in questions)
+    return Workload(f"few-shot, {shared} + {own}", prompts, (output,) * count, seed, after=(0,) + (1,) * (count - 1))
+
+
+@dataclass(frozen=True)
+class Chats:
+    """Conversations that go on side by side: a system prompt for all, and what each user says in each turn."""
+
+    system: tuple[int, ...]
+    said: tuple[tuple[tuple[int, ...], ...], ...]  # by turn, then by chat
+    answer: int  # tokens of each answer
+    seed: int
+
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest conversation."""
+        return len(self.system) + sum(max(map(len, turn)) + self.answer for turn in self.said)
+
+    @property
+    def name(self) -> str:
+        return f"multi-turn, {len(self.said[0])} chats of {len(self.said)} turns"
+
+    def turn(self, number: int, before: Sequence[Sequence[int]]) -> Workload:
+        """The requests of one turn, given all tokens of each chat before it (none in the first turn)."""
+        begins = [tuple(tokens) for tokens in before] if number else [self.system] * len(self.said[0])
+        prompts = tuple(tokens + said for tokens, said in zip(begins, self.said[number], strict=True))
+        return Workload(f"{self.name}, turn {number + 1}", prompts, (self.answer,) * len(prompts), self.seed)
+
+
+def multi_turn(ids: np.ndarray, seed: int, chats: int, turns: int, system: int, said: int, answer: int) -> Chats:
+    """Chats whose every turn brings `said` new tokens and gets `answer`."""
+    rng = np.random.default_rng(seed)
+    (opening,) = _cut(ids, rng, [system])
+    each = tuple(_cut(ids, rng, [said] * chats) for _ in range(turns))
+    return Chats(opening, each, answer, seed)
 
 
 def _workload(

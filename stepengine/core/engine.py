@@ -229,7 +229,7 @@ class Engine:
                     self._ended(request)
             if self._aborted and self.scheduler.idle():
                 now = self.clock()
-                self._record(Step(now, now), self.scheduler.plan(), [], [])
+                self._record(Step(now, now), self.scheduler.plan(), None, [])
 
     def has_unfinished(self) -> bool:
         """True while a request waits or runs."""
@@ -268,20 +268,25 @@ class Engine:
         try:
             yield step
         except BaseException:
-            if step.plan is not None and not step.booked:
-                with interrupts_held():
-                    for chunk in step.plan.chunks:
-                        request = self.requests[chunk.request]
-                        if request.accepts(chunk):
-                            request.keep(request.computed)
-                    self._record(step, step.plan, [-1] * len(step.plan.chunks), [])
+            with interrupts_held():
+                self.runner.stream.settle()
+                self._undo(step)
             raise
 
-    def _plan(self, step: Step) -> StepPlan:
+    def _undo(self, step: Step) -> None:
+        if step.plan is None or step.booked:
+            return
+        for chunk in step.plan.chunks:
+            request = self.requests.get(chunk.request)
+            if request is not None and request.accepts(chunk):
+                request.keep(request.computed)
+        self._record(step, step.plan, None, [])
+
+    def _plan(self, step: Step, may_be_empty: bool = False) -> StepPlan:
         with interrupts_held():
             plan = step.plan = self.scheduler.plan()
             self.runner.move(plan)
-        if not plan.chunks:
+        if not plan.chunks and not may_be_empty:
             raise NoProgress(
                 f"Step {plan.step} could run nothing: {plan.blocked or 'the scheduler planned no tokens'}. Abort a "
                 f"request, or give the engine more room."
@@ -291,13 +296,17 @@ class Engine:
 
     def _update(self, step: Step, plan: StepPlan, result: StepResult) -> None:
         with interrupts_held():
-            live = [self.requests[chunk.request] for chunk in plan.chunks]
-            accepted = [request.accepts(chunk) for request, chunk in zip(live, plan.chunks, strict=True)]
-            reserved = self.limits.block_size * sum(len(request.blocks) for request in live)
+            live = [self.requests.get(chunk.request) for chunk in plan.chunks]
+            rows = [
+                request if request is not None and request.accepts(chunk) else None
+                for request, chunk in zip(live, plan.chunks, strict=True)
+            ]
+            reserved = self.limits.block_size * sum(len(request.blocks) for request in rows if request is not None)
             finished = self.scheduler.update(plan, result.token_ids)
             step.booked = True  # an interrupt that was held back must not undo it
-            self._count(plan, result, [r if ok else None for r, ok in zip(live, accepted, strict=True)], reserved)
-            self._record(step, plan, result.token_ids, finished)
+            self._count(plan, result, rows, reserved)
+            came = [-1 if request is None else token for request, token in zip(rows, result.token_ids, strict=True)]
+            self._record(step, plan, result._replace(token_ids=came), finished)
             for request in [self.requests[request_id] for request_id, _ in finished]:
                 self._ended(request)
 
@@ -325,13 +334,16 @@ class Engine:
                 request.logprobs.append(result.logprobs[row])
                 request.cumulative_logprob += result.logprobs[row][token].logprob
 
-    def _record(self, step: Step, plan: StepPlan, token_ids: list[int], finished: list[tuple[int, str]]) -> None:
+    def _record(self, step: Step, plan: StepPlan, result: StepResult | None, finished: list[tuple[int, str]]) -> None:
         aborted, self._aborted = tuple(self._aborted), []
         forked, self._forked = tuple(self._forked), []
-        if self.recorder is not None:
-            sampled, ended = tuple(token_ids), tuple(finished)
-            times = (step.began, step.running, self.clock())
-            self.recorder.append(StepRecord(plan, sampled, ended, aborted, forked, *times))
+        if self.recorder is None:
+            return
+        ids = tuple(result.token_ids) if result is not None else (-1,) * len(plan.chunks)
+        record = StepRecord(
+            plan, ids, tuple(finished), aborted, forked, step.began, step.running, self.clock(), *(result or ())[2:]
+        )
+        self.recorder.append(record)
 
     # -- outputs ----------------------------------------------------------------------------------
 

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 
 import torch
 
+from stepengine.core.batch import Batch
 from stepengine.core.plan import StepPlan, Swap
 from stepengine.model.config import ModelConfig
 
@@ -67,16 +68,21 @@ class KVPool:
     def _ids(self, ids: Sequence[int]) -> torch.Tensor:
         return torch.tensor(ids, device=self.device)
 
-    def write_index(self, slots: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Rows of `rows(layer)` for K and for V of tokens at `slots` [T]: each [T x num_kv_heads]."""
+    def store(self, layer: int, k: torch.Tensor, v: torch.Tensor, batch: Batch) -> None:
+        """Write a step's keys and values, each [T, Hk, D], to its tokens' slots in one layer."""
+        if "write" not in batch.memo:
+            batch.memo["write"] = self._write_index(batch.slots)
+        key_rows, value_rows = batch.memo["write"]
+        storage = self.layers[layer]
+        rows = storage.view(-1, storage.shape[-1])  # [(num_blocks + 1) x 2 x Hk x block_size, D]
+        rows.index_copy_(0, key_rows, k.reshape(-1, k.shape[-1]))
+        rows.index_copy_(0, value_rows, v.reshape(-1, v.shape[-1]))
+
+    def _write_index(self, slots: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Rows of D values in a layer's storage for K and for V of tokens at `slots` [T]: each [T x Hk]."""
         heads = self.layers[0].shape[2]
         block, offset = slots // self.block_size, slots % self.block_size
         head = torch.arange(heads, device=slots.device)
         key = ((block * 2 * heads)[:, None] + head) * self.block_size + offset[:, None]
         key = key.reshape(-1).long()
         return key, key + heads * self.block_size
-
-    def rows(self, layer: int) -> torch.Tensor:
-        """A layer's storage as rows of head_dim values: [(num_blocks + 1) x 2 x Hk x block_size, D]."""
-        storage = self.layers[layer]
-        return storage.view(-1, storage.shape[-1])

@@ -5,6 +5,7 @@ import numbers
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from enum import Enum
+from functools import cached_property
 from typing import Any, NamedTuple, Protocol
 
 from stepengine.core.plan import Chunk
@@ -104,6 +105,27 @@ class SamplingParams:
                 f"min_tokens is {self.min_tokens}, above max_tokens {self.max_tokens}; lower one or raise the other."
             )
 
+    @cached_property
+    def looks_back(self) -> bool:
+        """Whether the tokens so far bear on the next one."""
+        penalties = (self.presence_penalty, self.frequency_penalty, self.repetition_penalty - 1)
+        return any(penalties) or self.min_tokens > 0
+
+    @cached_property
+    def steered(self) -> bool:
+        """Whether more than the logits and the temperature decide."""
+        return self.top_k > 0 or self.top_p < 1 or self.min_p > 0 or self.looks_back
+
+    @cached_property
+    def needs_logits(self) -> bool:
+        """Whether logits are wanted for more than the choice of a token."""
+        return self.steered or self.logprobs is not None
+
+    @cached_property
+    def needs_host(self) -> bool:
+        """Whether a step with this request cannot be launched before the step before it has ended."""
+        return self.looks_back or self.logprobs is not None
+
     def replace(self, **changes: object) -> "SamplingParams":
         """The same settings with some changed, checked again."""
         return dataclasses.replace(self, **changes)  # type: ignore[arg-type]
@@ -166,6 +188,9 @@ class Request:
     `scheduled` counts tokens handed to the device (`plan` advances it), `computed` those whose K/V
     survive (`update` advances it); both fall back when a cache forgets or a request is preempted.
     `epoch` grows whenever work in flight must be ignored.
+
+    `token_ids` may end in `expected` placeholders: tokens that a step in flight samples, each standing as
+    -1 - its row there. They count in `num_tokens`, since planning goes by counts, and in nothing that is shown.
     """
 
     id: int
@@ -185,7 +210,7 @@ class Request:
     token_ids: list[int] = field(init=False)  # prompt and output
     scheduled: int = 0
     computed: int = 0
-    expected: int = 0  # tokens at the end of `token_ids` that the device has and the host does not know yet
+    expected: int = 0
     blocks: list[int] = field(default_factory=list)  # block table
     state: State = State.WAITING
     epoch: int = 0
@@ -201,16 +226,16 @@ class Request:
 
     @property
     def num_tokens(self) -> int:
-        """Tokens known so far, prompt and output."""
+        """Tokens so far, prompt and output, expected ones included."""
         return len(self.token_ids)
 
     @property
     def output_ids(self) -> list[int]:
-        return self.token_ids[len(self.prompt_ids) :]
+        return self.token_ids[len(self.prompt_ids) : len(self.token_ids) - self.expected]
 
     @property
     def num_outputs(self) -> int:
-        return len(self.token_ids) - len(self.prompt_ids)
+        return len(self.token_ids) - len(self.prompt_ids) - self.expected
 
     @property
     def due(self) -> int:
@@ -228,8 +253,27 @@ class Request:
         self.blocks.extend(blocks)
         return Chunk(self.id, start, self.scheduled - start, blocks, cached, self.epoch)
 
+    def expect(self, row: int) -> None:
+        """The step that has just been launched samples the next token in this row."""
+        self.token_ids.append(-1 - row)
+        self.expected += 1
+
+    def learn(self, token: int) -> None:
+        """Take the next token: the oldest expected one, or a new one."""
+        if self.expected:
+            self.token_ids[-self.expected] = token
+            self.expected -= 1
+        else:
+            self.token_ids.append(token)
+
+    def forget_expected(self) -> None:
+        """Give up what a step in flight samples; running again would sample the same."""
+        del self.token_ids[len(self.token_ids) - self.expected :]
+        self.expected = 0
+
     def keep(self, tokens: int) -> None:
         """K/V of the first `tokens` tokens are there; the newest token runs in any case, for its logits."""
+        self.forget_expected()
         self.computed = tokens
         self.scheduled = min(tokens, self.num_tokens - 1)
 
@@ -246,7 +290,7 @@ def stop_reason(request: Request, token: int) -> str | None:
     The one place that ends a request by what it produced. Order as in vLLM: stop tokens before
     strings before length; no stop before `min_tokens`.
     """
-    request.token_ids.append(token)
+    request.learn(token)
     may_stop = request.num_outputs > request.params.min_tokens
     if may_stop and token in request.stop_ids:
         request.stop_reason = token if token in request.params.stop_token_ids else None
@@ -254,7 +298,7 @@ def stop_reason(request: Request, token: int) -> str | None:
     if request.text is not None and request.text.push(token, may_stop):
         request.stop_reason = request.text.stopped_by
         return "stop"
-    return "length" if request.num_tokens >= request.max_len else None
+    return "length" if request.num_tokens - request.expected >= request.max_len else None
 
 
 def settle(request: Request, chunk: Chunk, token: int, survives: int) -> str | None:

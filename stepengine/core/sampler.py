@@ -1,11 +1,10 @@
 """From logits to tokens, every row with its own settings."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 import torch
 
 from stepengine.core.batch import Batch
-from stepengine.core.plan import Chunk
 from stepengine.core.request import Logprob, Request, SamplingParams
 
 _WRAP = 0xFFFFFFFF
@@ -105,28 +104,69 @@ def restrict(
     return logits
 
 
-def sample(
-    logits: torch.Tensor, batch: Batch, chunks: Sequence[Chunk], requests: Mapping[int, Request]
-) -> tuple[torch.Tensor, dict[int, dict[int, Logprob]]]:
-    """Choose one token per row: logits [B, vocab] -> ids [B] and, for rows that ask, log probabilities.
+def temper(logits: torch.Tensor, temperature: torch.Tensor) -> torch.Tensor:
+    """Logits [R, vocab] over temperature [R] > 0, up to a constant per row: at most 0, so that none overflows."""
+    line = logits - logits.max(-1, keepdim=True).values
+    return line / temperature.clamp_min(1e-30)[:, None]
 
-    Greedy rows take the argmax of the penalised logits. The others add Gumbel noise to their tempered
-    logits and take the argmax, which draws from the softmax (Maddison, Tarlow, Minka 2014).
+
+def choose(
+    logits: torch.Tensor,
+    temperature: torch.Tensor,
+    keys: torch.Tensor,
+    positions: torch.Tensor,
+    out: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """One token per row of logits [R, vocab]: int64 [R], or written to `out`. Needs nothing from the host.
+
+    The argmax where temperature [R] is 0; elsewhere the argmax of tempered logits plus `gumbel` noise of
+    keys and positions [R], which draws from the softmax (Maddison, Tarlow, Minka 2014).
     """
-    rows = [requests[chunk.request] for chunk in chunks]
+    if logits.is_cuda:
+        from stepengine.model.kernels import sample_rows  # one pass over the logits; noise is never written
+
+        return sample_rows(logits, temperature, keys, positions, out)
     logits = logits.float()
-    adjusted = penalise(logits, rows)
-    ids = adjusted.max(-1).indices  # on a CPU twice as fast as argmax
-    drawn = [row for row, request in enumerate(rows) if request.params.temperature > 0]
+    ids = logits.max(-1).indices  # on a CPU twice as fast as argmax
+    drawn = temperature.nonzero()[:, 0]
+    if drawn.numel():
+        noise = gumbel(keys[drawn], positions[drawn], logits.shape[-1])
+        ids[drawn] = (temper(logits[drawn], temperature[drawn]) + noise).argmax(-1)
+    return ids if out is None else out.copy_(ids)
+
+
+def steer(logits: torch.Tensor, batch: Batch, at: Sequence[int], requests: Sequence[Request]) -> torch.Tensor:
+    """Tokens [R] of `requests`, which are rows `at` of the batch, by all their settings; logits [R, vocab]."""
+    temperature = batch.temperature[at]
+    adjusted = penalise(logits.float(), requests)
+    drawn = [row for row, request in enumerate(requests) if request.params.temperature > 0]
     if drawn:
-        line = adjusted[drawn]
-        line = line - line.max(-1, keepdim=True).values  # at most 0, so that a tiny temperature cannot overflow
-        tempered = line / batch.temperature[drawn].clamp_min(1e-30)[:, None]
-        params = [rows[row].params for row in drawn]
-        tempered = restrict(tempered, params, batch.min_p[drawn], batch.top_k[drawn], batch.top_p[drawn])
-        noise = gumbel(batch.noise_key[drawn], batch.kv_lens[drawn], tempered.shape[-1])
-        ids[drawn] = (tempered + noise).argmax(-1)
-    return ids, _logprobs(logits, ids, rows)
+        tempered, of = temper(adjusted[drawn], temperature[drawn]), [at[row] for row in drawn]
+        params = [requests[row].params for row in drawn]
+        restrict(tempered, params, batch.min_p[of], batch.top_k[of], batch.top_p[of])
+        adjusted = adjusted.index_copy(0, torch.tensor(drawn, device=logits.device), tempered)
+    heat = (temperature > 0).float()  # what is tempered already is drawn at 1
+    return choose(adjusted, heat, batch.noise_key[at], batch.kv_lens[at])
+
+
+def sample(
+    logits: torch.Tensor, batch: Batch, requests: Sequence[Request], at: Sequence[int] | None = None
+) -> tuple[torch.Tensor, dict[int, dict[int, Logprob]]]:
+    """One token for each of `requests`, which are rows `at` of the batch (its first ones unless given).
+
+    logits [R, vocab] -> ids [R] and, for requests that ask, {place among them: log probabilities}.
+    """
+    rows = list(range(len(requests))) if at is None else list(at)
+    steered = [place for place, request in enumerate(requests) if request.params.steered]
+    if len(steered) < len(rows):
+        of = slice(len(rows)) if at is None else rows
+        ids = choose(logits, batch.temperature[of], batch.noise_key[of], batch.kv_lens[of])
+    else:
+        ids = torch.empty(len(rows), dtype=torch.int64, device=logits.device)
+    if steered:
+        mine = [requests[place] for place in steered]
+        ids[steered] = steer(logits[steered], batch, [rows[place] for place in steered], mine)
+    return ids, _logprobs(logits, ids, requests)
 
 
 def _logprobs(raw: torch.Tensor, ids: torch.Tensor, rows: Sequence[Request]) -> dict[int, dict[int, Logprob]]:
@@ -136,7 +176,7 @@ def _logprobs(raw: torch.Tensor, ids: torch.Tensor, rows: Sequence[Request]) -> 
         wanted = request.params.logprobs
         if wanted is None:
             continue
-        line = raw[row].log_softmax(-1)
+        line = raw[row].float().log_softmax(-1)
         chosen = int(ids[row])
         values, tokens = line.topk(min(wanted, line.numel()))
         entry = {chosen: Logprob(float(line[chosen]), int((line > line[chosen]).sum()) + 1)}

@@ -34,12 +34,7 @@ class SlotAttention:
 
     def forward(self, layer: int, q: Tensor, k: Tensor, v: Tensor, batch: Batch) -> Tensor:
         """q [T, Hq, D], k and v [T, Hk, D] -> [T, Hq, D]; k and v are stored on the way."""
-        if "write" not in batch.memo:
-            batch.memo["write"] = self.pool.write_index(batch.slots)
-        key_rows, value_rows = batch.memo["write"]
-        rows = self.pool.rows(layer)
-        rows.index_copy_(0, key_rows, k.reshape(-1, k.shape[-1]))
-        rows.index_copy_(0, value_rows, v.reshape(-1, v.shape[-1]))
+        self.pool.store(layer, k, v, batch)
         # One request alone needs no batch of slots: there its heads are the batch, in fewer calls.
         many = batch.max_q == 1 and batch.num_rows > 1
         return self._decode(layer, q, batch) if many else self._chunks(layer, q, batch)

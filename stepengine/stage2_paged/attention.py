@@ -45,13 +45,8 @@ class PagedAttention:
             from stepengine.stage2_paged import kernels
 
             kernels.store_kv(k, v, self.pool.layers[layer], batch.slots)
-            return
-        if "write" not in batch.memo:
-            batch.memo["write"] = self.pool.write_index(batch.slots)
-        key_rows, value_rows = batch.memo["write"]
-        rows = self.pool.rows(layer)
-        rows.index_copy_(0, key_rows, k.reshape(-1, k.shape[-1]))
-        rows.index_copy_(0, value_rows, v.reshape(-1, v.shape[-1]))
+        else:
+            self.pool.store(layer, k, v, batch)
 
     def _chunks(self, layer: int, q: Tensor, k: Tensor, v: Tensor, batch: Batch) -> Tensor:
         """Chunks of any length, one after another; only what came before a chunk is read from blocks."""

@@ -71,7 +71,8 @@ class PagedScheduler:
             tuple(moves.swapped_out),
             tuple(moves.swapped_in),
             tuple(moves.copies),
-            blocked=blocked,
+            tuple(moves.evicted),
+            blocked,
         )
         self.steps += 1
         return plan
@@ -113,7 +114,7 @@ class PagedScheduler:
     def _decode(self, moves: "_Moves") -> list[Chunk]:
         """One more token for every running request, as far as blocks go round."""
         chunks: list[Chunk] = []
-        line = sorted(self.running.values(), key=place_in_line)
+        line = sorted((request for request in self.running.values() if request.due), key=place_in_line)
         while line:
             request = line[0]
             grant = self.cache.grow(request, request.num_tokens)
@@ -207,6 +208,7 @@ class _Moves:
         self.swapped_out: list[Swap] = []
         self.swapped_in: list[Swap] = []
         self.copies: list[Copy] = []
+        self.evicted: list[int] = []
 
     def schedule(self, request: Request, grant: Grant, cached: int = 0) -> Chunk:
         """A chunk whose copies the plan has, and the table already shows."""
@@ -214,4 +216,5 @@ class _Moves:
         for copy in grant.copies:
             request.blocks[copy.entry] = copy.destination
         self.copies += grant.copies
+        self.evicted += grant.evicted
         return chunk

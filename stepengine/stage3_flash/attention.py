@@ -20,7 +20,7 @@ class FlashAttention:
     fused attention runs the same algorithm on gathered tiles.
     """
 
-    capturable = False
+    capturable = True
 
     def __init__(self, config: ModelConfig, pool: KVPool) -> None:
         self.pool = pool
@@ -35,7 +35,7 @@ class FlashAttention:
         """q [T, Hq, D], k and v [T, Hk, D] -> [T, Hq, D]; k and v are stored on the way."""
         if q.is_cuda:
             return self._on_gpu(layer, q, k, v, batch)
-        self._store(layer, k, v, batch)
+        self.pool.store(layer, k, v, batch)
         return self._decode(layer, q, batch) if batch.max_q == 1 else self._chunks(layer, q, k, v, batch)
 
     def _on_gpu(self, layer: int, q: Tensor, k: Tensor, v: Tensor, batch: Batch) -> Tensor:
@@ -47,17 +47,10 @@ class FlashAttention:
         table, lens = batch.block_table, batch.kv_lens
         if batch.max_q > 1:
             return kernels.flash_prefill(q, k, v, storage, table, batch.cu_q, lens, batch.max_q, self.scale)
-        longest = table.shape[1] * self.pool.block_size
-        splits = kernels.decode_splits(batch.num_rows, self.num_kv_heads, longest, self.num_sms)
-        return kernels.paged_decode(q, storage, table, lens, self.scale, splits)
-
-    def _store(self, layer: int, k: Tensor, v: Tensor, batch: Batch) -> None:
-        if "write" not in batch.memo:
-            batch.memo["write"] = self.pool.write_index(batch.slots)
-        key_rows, value_rows = batch.memo["write"]
-        rows = self.pool.rows(layer)
-        rows.index_copy_(0, key_rows, k.reshape(-1, k.shape[-1]))
-        rows.index_copy_(0, value_rows, v.reshape(-1, v.shape[-1]))
+        if "splits" not in batch.memo:
+            longest = table.shape[1] * self.pool.block_size
+            batch.memo["splits"] = kernels.decode_splits(batch.num_rows, self.num_kv_heads, longest, self.num_sms)
+        return kernels.paged_decode(q, storage, table, lens, self.scale, batch.memo["splits"])
 
     def _chunks(self, layer: int, q: Tensor, k: Tensor, v: Tensor, batch: Batch) -> Tensor:
         """Chunks of any length, one after another; only what came before a chunk is read from blocks."""

@@ -27,7 +27,8 @@ _MIN_TILE, _MAX_TILE = 16, 128  # tokens; tl.dot takes no fewer than 16
 _MIN_ROWS = 16  # tensor cores multiply 16 rows at a time: a smaller group is padded to that
 _PROGRAMS_PER_SM = 3  # as many as fit into 228 KiB of shared memory
 _MIN_SPLIT = 128  # tokens: below that, a split costs more than it brings
-_MAX_SPLITS = 64  # what the combination holds in registers at once
+_SPLITS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64)
+_MAX_SPLITS = _SPLITS[-1]  # what the combination holds in registers at once
 _SEARCH = 256  # chunks that prefill looks at together to find its own
 _LOG2_E = 1.4426950408889634  # exp(x) is exp2(x x log2(e)), and the GPU computes powers of two
 
@@ -402,14 +403,15 @@ def decode_splits(batch: int, num_kv_heads: int, max_kv_len: int, num_sms: int) 
     `batch` sequences of at most `max_kv_len` tokens on a GPU of `num_sms` multiprocessors. Programs run in waves of
     three for each multiprocessor, and where the last wave is half empty, half the GPU waits for it: the answer is the
     fewest splits whose waves are nearly as full as they can be, each of at least 128 tokens of the longest sequence.
+    Few numbers are ever answered, since a kernel is compiled for each.
     """
     at_once = num_sms * _PROGRAMS_PER_SM
     most = max(1, min(_MAX_SPLITS, max_kv_len // _MIN_SPLIT))
-    filled = []
-    for splits in range(1, most + 1):
+    filled = {}
+    for splits in (number for number in _SPLITS if number <= most):
         waves = batch * num_kv_heads * splits / at_once
-        filled.append(waves / math.ceil(waves))
-    return next(splits for splits, share in enumerate(filled, 1) if share >= 0.85 * max(filled))
+        filled[splits] = waves / math.ceil(waves)
+    return next(splits for splits, share in filled.items() if share >= 0.85 * max(filled.values()))
 
 
 def decode_workspace(batch: int, num_heads: int, head_dim: int, num_splits: int) -> int:

@@ -1,7 +1,20 @@
 """Record, save, load, replay and measure what an engine did."""
 
 from stepengine.trace.io import load, save
-from stepengine.trace.metrics import KVUse, RequestMetrics, idle_rows, kv_use, percentiles, request_metrics, summarize
+from stepengine.trace.metrics import (
+    KVUse,
+    RequestMetrics,
+    Span,
+    device_spans,
+    host_ms,
+    host_spans,
+    idle_fraction,
+    idle_rows,
+    kv_use,
+    percentiles,
+    request_metrics,
+    summarize,
+)
 from stepengine.trace.perfetto import to_perfetto
 from stepengine.trace.record import Trace
 from stepengine.trace.replay import Replay, Snapshot
@@ -11,7 +24,12 @@ __all__ = [
     "Replay",
     "RequestMetrics",
     "Snapshot",
+    "Span",
     "Trace",
+    "device_spans",
+    "host_ms",
+    "host_spans",
+    "idle_fraction",
     "idle_rows",
     "kv_use",
     "load",

@@ -1,10 +1,12 @@
 """Latencies, throughput and waste of a recorded run. Times are milliseconds unless a name says otherwise."""
 
+from bisect import bisect_right
 from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 import numpy as np
 
+from stepengine.core.plan import StepRecord
 from stepengine.errors import TraceError
 from stepengine.trace.record import Trace
 from stepengine.trace.replay import WAITING, Replay
@@ -33,6 +35,15 @@ class KVUse(NamedTuple):
     held: int  # tokens whose K/V are stored
     reserved: int  # tokens that the blocks in use have room for
     capacity: int  # tokens that the whole pool has room for
+
+
+class Span(NamedTuple):
+    """A stretch of one step's time, in seconds on the engine's clock."""
+
+    kind: str  # on the host "plan" | "launch" | "wait" | "update" | "run", on the device "busy"
+    step: int  # the step's number in its plan
+    begin: float
+    end: float
 
 
 def request_metrics(trace: Trace) -> list[RequestMetrics]:
@@ -131,6 +142,88 @@ def kv_use(trace: Trace) -> list[KVUse]:
         KVUse(sum(s.block_tokens.values()), len(s.refs) * replay.block_size, capacity) if capacity else KVUse(0, 0, 0)
         for s in replay
     ]
+
+
+def host_spans(trace: Trace) -> list[Span]:
+    """What the host did, in order of time; stretches in which it had no step to work on are left out, empty ones not.
+
+    plan: choosing what runs. launch: laying the step out and giving the device its work. wait: nothing to do
+    until a step's ids arrive. update: booking the ids. Where a CPU without pipelining does the device's work
+    itself, that part of the launch is a wait, too. run: launch, wait and update in one, in a trace that does
+    not tell them apart.
+    """
+    spans: list[Span] = []
+    timed = []
+    for record in trace.steps:
+        step = record.plan.step
+        if not record.plan.chunks:
+            continue
+        spans.append(Span("plan", step, record.t_plan, record.t_run))
+        if not record.t_launched or not record.t_landed:
+            spans.append(Span("run", step, record.t_run, record.t_done))
+            continue
+        timed.append(record)
+        spans.append(Span("update", step, record.t_landed, record.t_done))
+        if _does_it_itself(trace, record):
+            spans.append(Span("launch", step, record.t_run, record.device_began))
+            spans.append(Span("launch", step, record.device_ended, record.t_launched))
+        else:
+            spans.append(Span("launch", step, record.t_run, record.t_launched))
+    ends = sorted(span.end for span in spans)
+    for record in timed:
+        if _does_it_itself(trace, record):
+            spans.append(Span("wait", record.plan.step, record.device_began, record.device_ended))
+        else:
+            free = max(record.t_launched, ends[bisect_right(ends, record.t_landed) - 1])
+            spans.append(Span("wait", record.plan.step, free, record.t_landed))
+    return sorted(spans, key=lambda span: (span.begin, span.end))
+
+
+def _does_it_itself(trace: Trace, record: StepRecord) -> bool:
+    """True where the launch returned with the work done, by the host's own thread."""
+    inside = record.t_run <= record.device_began < record.device_ended <= record.t_launched
+    return inside and trace.meta.get("device") == "cpu" and not trace.meta.get("pipelined")
+
+
+def device_spans(trace: Trace) -> list[Span]:
+    """When the device worked on each step, in order of time; steps without device times are left out.
+
+    From a step's first work to its last: what the device idles between two kernels of one step is not seen.
+    """
+    records = [record for record in trace.steps if record.device_ended > record.device_began]
+    spans = [Span("busy", record.plan.step, record.device_began, record.device_ended) for record in records]
+    return sorted(spans, key=lambda span: (span.begin, span.end))
+
+
+def idle_fraction(trace: Trace) -> float | None:
+    """The part of the time from the first device work to the last in which no step was on the device, 0 to 1.
+
+    None where no step has device times. As in `device_spans`, gaps inside a step do not count.
+    """
+    return idle_share(device_spans(trace))
+
+
+def idle_share(spans: Iterable[Span]) -> float | None:
+    """The part of the time from the first beginning to the last end that no span covers; None without spans."""
+    ends = [(span.begin, span.end) for span in spans]
+    if not ends:
+        return None
+    whole = max(end for _, end in ends) - min(begin for begin, _ in ends)
+    return 1 - _covered(ends) / whole if whole > 0 else 0.0
+
+
+def host_ms(trace: Trace) -> list[float]:
+    """Milliseconds that the host worked on each step (plan, launch, update; no waiting), in order of the steps.
+
+    Steps whose record does not tell waiting from work are left out.
+    """
+    spans = host_spans(trace)
+    unknown = {span.step for span in spans if span.kind == "run"}
+    work: dict[int, float] = {}
+    for span in spans:
+        if span.step not in unknown and span.kind != "wait":
+            work[span.step] = work.get(span.step, 0.0) + _ms(span.end - span.begin)
+    return [work[step] for step in sorted(work)]
 
 
 def summarize(trace: Trace) -> dict[str, Any]:

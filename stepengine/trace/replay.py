@@ -153,7 +153,7 @@ class Replay:
             if token >= 0 or self._state_of(s, t, chunk.request) != FINISHED
         ]
         # Hits, copies, new blocks: a copy's source may be a hit of this step, a new block one that a copy let go.
-        hits = [self._check(s, t, chunk, plan.copies) for chunk, _ in ran]
+        hits = [self._check(s, t, chunk, token, plan.copies) for chunk, token in ran]
         for (chunk, _), shared in zip(ran, hits, strict=True):
             self._grant(s, t, chunk.request, chunk.blocks[:shared], shared=True)
         for copy in plan.copies:
@@ -195,16 +195,17 @@ class Replay:
         self._release(s, copy.source)
         s.table[copy.request] = (*table[: copy.entry], copy.destination, *table[copy.entry + 1 :])
 
-    def _check(self, s: _State, t: int, chunk: Chunk, copies: tuple[Copy, ...]) -> int:
+    def _check(self, s: _State, t: int, chunk: Chunk, token: int, copies: tuple[Copy, ...]) -> int:
         """Whether the request can run these tokens; how many of the chunk's blocks are shared with others."""
         request = chunk.request
         if self._state_of(s, t, request) not in (WAITING, RUNNING):
             raise self._error(t, request, f"runs although it is {s.state[request]}")
         computed = s.computed.get(request, 0)
         total = len(self.trace.requests[request].prompt_ids) + len(s.outputs.get(request, ()))
-        if chunk.length < 1 or chunk.start < 0 or chunk.end > total:
+        ahead = self._ran_ahead(s, chunk, token)
+        if chunk.length < 1 or chunk.start < 0 or chunk.end > total + ahead:
             raise self._error(t, request, f"runs tokens [{chunk.start}, {chunk.end}) of the {total} that it has")
-        if chunk.start > computed + chunk.cached:
+        if not ahead and chunk.start > computed + chunk.cached:
             raise self._error(
                 t, request, f"starts at token {chunk.start} although only {computed + chunk.cached} have K/V"
             )
@@ -214,6 +215,11 @@ class Replay:
         copied = [copy.entry + 1 - held for copy in copies if copy.request == request]
         return min(max(-(-chunk.cached // self.block_size), *copied, 0), len(chunk.blocks))
 
+    def _ran_ahead(self, s: _State, chunk: Chunk, token: int) -> bool:
+        """Whether the step was launched on a token that the step before it then failed to give."""
+        prompt = self.trace.requests[chunk.request].prompt_ids
+        return token < 0 and chunk.end == len(prompt) + len(s.outputs.get(chunk.request, ())) + 1
+
     def _run(self, s: _State, t: int, chunk: Chunk, token: int) -> None:
         request = chunk.request
         s.state[request] = RUNNING
@@ -221,7 +227,8 @@ class Replay:
             room = len(s.table.get(request, ())) * self.block_size
             if chunk.end > room:
                 raise self._error(t, request, f"writes token {chunk.end - 1} but its blocks hold {room}")
-            s.computed[request] = chunk.end
+            if not self._ran_ahead(s, chunk, token):
+                s.computed[request] = chunk.end
         if token >= 0:
             s.outputs[request] = (*s.outputs.get(request, ()), token)
 

@@ -11,10 +11,13 @@ from stepengine.viz.computed import recomputation_triangle
 from stepengine.viz.digest import digest
 from stepengine.viz.fragmentation import fragmentation
 from stepengine.viz.ladder import ladder_bars
+from stepengine.viz.lanes import host_device_lanes
 from stepengine.viz.measures import kv_memory, latency_percentiles, step_time
+from stepengine.viz.roofline import kernel_bars, record_roofline, roofline
 from stepengine.viz.sharing import ref_counts
 from stepengine.viz.states import request_states
 from stepengine.viz.template import CONFIG
+from stepengine.viz.tiles import hbm_traffic, kernel_loads, tile_walk
 from stepengine.viz.timeline import compare_timelines, scheduler_timeline
 
 __all__ = [
@@ -24,12 +27,19 @@ __all__ = [
     "compare_timelines",
     "digest",
     "fragmentation",
+    "hbm_traffic",
+    "host_device_lanes",
+    "kernel_bars",
+    "kernel_loads",
     "kv_memory",
     "ladder_bars",
     "latency_percentiles",
     "recomputation_triangle",
+    "record_roofline",
     "ref_counts",
     "request_states",
+    "roofline",
     "scheduler_timeline",
     "step_time",
+    "tile_walk",
 ]

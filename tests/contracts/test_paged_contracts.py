@@ -6,9 +6,7 @@ import pytest
 import torch
 
 from stepengine.contracts import check_attention, check_block_pool, check_kv_cache, check_scheduler
-from stepengine.core.plan import Swap
 from stepengine.core.request import State
-from stepengine.core.seams import Grant
 from stepengine.stage0_naive.attention import RecomputedAttention
 from stepengine.stage0_naive.cache import NoCache
 from stepengine.stage1_kvcache.attention import SlotAttention
@@ -18,6 +16,14 @@ from stepengine.stage2_paged.attention import PagedAttention
 from stepengine.stage2_paged.block_pool import BlockPool
 from stepengine.stage2_paged.cache import PagedCache
 from stepengine.stage2_paged.scheduler import PagedScheduler
+from tests.paged.faults import (
+    ForgetsThem,
+    ForkTakesNoReference,
+    KeepsHostSlots,
+    QueuesThemLast,
+    SwapsInBackwards,
+    WritesIntoSharedBlocks,
+)
 
 
 def check_paged(cache: Callable, block_size: int = 4):
@@ -157,15 +163,6 @@ class OneBlockAhead(PagedCache):
         return super().grow(request, upto + self.block_size)
 
 
-class WritesIntoSharedBlocks(PagedCache):
-    def grow(self, request, upto):
-        grant = super().grow(request, upto)
-        if grant is not None and grant.copies:
-            self.pool.share([copy.source for copy in grant.copies])
-            self.pool.free([copy.destination for copy in grant.copies])
-        return grant and Grant(grant.blocks)
-
-
 class SharesWithStrangers(PagedCache):
     def match(self, request):
         return min(len(request.prompt_ids) - 1, 1) if self.samples and not request.blocks else 0
@@ -174,27 +171,10 @@ class SharesWithStrangers(PagedCache):
         return next((group[0] for group in self.samples.values()), None) if not request.blocks else None
 
 
-class ForkTakesNoReference(PagedCache):
-    def fork(self, parent, child):
-        child.blocks.extend(parent.blocks)
-
-
-class SwapsInBackwards(PagedCache):
-    def swap_in(self, request):
-        swap = super().swap_in(request)
-        return swap and Swap(swap.request, tuple(zip(request.blocks[::-1], [s for _, s in swap.pairs], strict=True)))
-
-
 class OverfillsTheHost(PagedCache):
     def swap_out(self, request):
         self.free_slots.extend(range(len(request.blocks)))
         return super().swap_out(request)
-
-
-class KeepsHostSlots(PagedCache):
-    def release(self, request):
-        self.hosted.pop(request.id, None)
-        super().release(request)
 
 
 @pytest.mark.parametrize(
@@ -246,19 +226,6 @@ def test_a_cache_without_forks_and_swaps_is_asked_for_neither():
 
 
 # -- schedulers -----------------------------------------------------------------------------------
-
-
-class ForgetsThem(PagedScheduler):
-    def _preempt(self, victim, moves):
-        super()._preempt(victim, moves)
-        self.waiting.remove(victim)
-
-
-class QueuesThemLast(PagedScheduler):
-    def _preempt(self, victim, moves):
-        super()._preempt(victim, moves)
-        self.waiting.remove(victim)
-        self.waiting.append(victim)
 
 
 class KeepsWhatIsGone(PagedScheduler):

@@ -12,6 +12,7 @@ from stepengine.core.batch import Staging
 from stepengine.core.plan import Chunk
 from stepengine.core.request import Request, SamplingParams, State
 from stepengine.core.sampler import gumbel, noise_key, penalise, sample
+from tests.noise import noise
 
 VOCAB = 12
 LOGITS = np.array([2.0, 1.4, 1.1, 0.9, 0.2, 0.0, -0.3, -0.8, -1.0, -1.9, -2.5, -6.0])[
@@ -58,7 +59,7 @@ def run(logits: torch.Tensor, requests: Sequence[Request], chunks: Sequence[Chun
     chunks = chunks or [Chunk(request.id, request.num_tokens - 1, 1) for request in requests]
     staging = Staging(torch.device("cpu"), len(requests), len(requests), 0, 0)
     by_id = {request.id: request for request in requests}
-    return sample(logits, staging.fill(chunks, by_id), chunks, by_id)[0].tolist()
+    return sample(logits, staging.fill(chunks, by_id), requests)[0].tolist()
 
 
 def row(number: int, params: SamplingParams, prompt: Sequence[int] = (1, 2, 3), outputs: Sequence[int] = ()) -> Request:
@@ -77,7 +78,7 @@ def draw(**settings: Any) -> np.ndarray:
     logits = torch.tensor(LOGITS, dtype=torch.float32).expand(ROWS, VOCAB)
     counts = np.zeros(VOCAB, dtype=np.int64)
     for _ in range(REPEATS):
-        counts += np.bincount(sample(logits, batch, chunks, requests)[0].numpy(), minlength=VOCAB)
+        counts += np.bincount(sample(logits, batch, list(requests.values()))[0].numpy(), minlength=VOCAB)
         batch.kv_lens += 1
     return counts
 
@@ -128,19 +129,6 @@ def test_a_tiny_temperature_is_greedy(temperature: float):
 
 
 # -- noise --------------------------------------------------------------------------------------------
-
-
-def lowbias32(x: int) -> int:
-    for shift, factor in ((16, 0x7FEB352D), (15, 0x846CA68B)):
-        x = (x ^ x >> shift) * factor % 2**32
-    return x ^ x >> 16
-
-
-def noise(key: int, position: int, token: int) -> float:
-    """Gumbel noise of one token in Python's own integers."""
-    line = lowbias32(key % 2**32 ^ lowbias32((position + 0x3C6EF372) % 2**32))
-    bits = lowbias32(lowbias32((token * 0x9E3779B9 + line) % 2**32) ^ line)
-    return -math.log(-math.log((bits // 512 + 0.5) / 2**23))
 
 
 def test_noise_is_the_documented_hash():

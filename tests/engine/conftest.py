@@ -102,6 +102,21 @@ COMBINATIONS: dict[str, dict[str, Any]] = {
     },
     "continuous, paged": {"stage": "2", "scheduler": ContinuousScheduler},
     "flash, blocks of 7 (3)": {"stage": "3", "block_size": 7, "num_blocks": 21},
+    "flash, padded steps": {"stage": "3", "block_size": 7, "num_blocks": 21, "cuda_graphs": "padded"},
+    "flash, pipelined, a pool for one or two, recompute": {
+        "stage": "3",
+        "block_size": 5,
+        "num_blocks": 20,
+        "pipelined": True,
+    },
+    "flash, pipelined and padded, a pool for one or two, swap": {
+        "stage": "3",
+        "block_size": 4,
+        "num_blocks": 25,
+        "preemption": "swap",
+        "pipelined": True,
+        "cuda_graphs": "padded",
+    },
 }
 
 

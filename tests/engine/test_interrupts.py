@@ -83,10 +83,18 @@ PLACES = [
     ("scheduler", "update", 4),
     ("scheduler", "add", 2),
     ("model", "logits", 3),
-    ("staging", "fill", 2),
+    ("staging", "lay_out", 2),
     ("cache", "commit", 2),
     ("cache", "release", 1),
 ]
+
+
+ENGINES: dict[str, dict[str, Any]] = {
+    "0": {"stage": "0"},
+    "1a": {"stage": "1a"},
+    "1b": {"stage": "1b"},
+    "pipelined": {"stage": "3", "pipelined": True},
+}
 
 
 def part(llm: LLM, name: str) -> Any:
@@ -96,9 +104,9 @@ def part(llm: LLM, name: str) -> Any:
 
 @pytest.mark.parametrize("late", [False, True], ids=["before", "after"])
 @pytest.mark.parametrize(("owner", "method", "calls"), PLACES)
-@pytest.mark.parametrize("stage", ["0", "1a", "1b"])
+@pytest.mark.parametrize("engine", list(ENGINES))
 def test_ctrl_c_in_generate(
-    stage: str,
+    engine: str,
     owner: str,
     method: str,
     calls: int,
@@ -108,9 +116,9 @@ def test_ctrl_c_in_generate(
     usable: Callable[[LLM], None],
     monkeypatch: pytest.MonkeyPatch,
 ):
-    if stage == "0" and owner == "cache" and method == "release":
+    if engine == "0" and owner == "cache" and method == "release":
         pytest.skip("the same place as in stage 1a")
-    llm = tiny(stage=stage, max_num_seqs=8)
+    llm = tiny(**ENGINES[engine], max_num_seqs=8)
     ids = [llm.engine.add_request(prompt, GREEDY) for prompt in OTHERS]
     target = part(llm, owner)
     monkeypatch.setattr(target, method, after(calls, getattr(target, method), ctrl_c, late))
@@ -123,11 +131,12 @@ def test_ctrl_c_in_generate(
     usable(llm)
 
 
+@pytest.mark.parametrize("engine", ["1b", "pipelined"])
 @pytest.mark.parametrize("delay", [0.002, 0.01, 0.03])
 def test_ctrl_c_at_any_moment(
-    delay: float, tiny: Callable[..., LLM], others: list[list[int]], usable: Callable[[LLM], None]
+    delay: float, engine: str, tiny: Callable[..., LLM], others: list[list[int]], usable: Callable[[LLM], None]
 ):
-    llm = tiny(stage="1b", max_num_seqs=8)
+    llm = tiny(**ENGINES[engine], max_num_seqs=8)
     ids = [llm.engine.add_request(prompt, GREEDY) for prompt in OTHERS]
     early: list[Any] = []
     timer = threading.Timer(delay, ctrl_c)

@@ -10,6 +10,7 @@ import pytest
 
 from stepengine import LLM, SamplingParams
 from stepengine.core.sampler import noise_key
+from tests.noise import noise
 
 VARIED = [
     SamplingParams(temperature=1.0, seed=1, max_tokens=9),
@@ -22,18 +23,6 @@ VARIED = [
 ]
 VARIED = [params.replace(ignore_eos=True) for params in VARIED]
 PROMPTS = [random.Random(number).choices(range(499), k=3 + 5 * number) for number in range(len(VARIED))]
-
-
-def lowbias32(x: int) -> int:
-    for shift, factor in ((16, 0x7FEB352D), (15, 0x846CA68B)):
-        x = (x ^ x >> shift) * factor % 2**32
-    return x ^ x >> 16
-
-
-def noise(key: int, position: int, token: int) -> float:
-    line = lowbias32(key % 2**32 ^ lowbias32((position + 0x3C6EF372) % 2**32))
-    bits = lowbias32(lowbias32((token * 0x9E3779B9 + line) % 2**32) ^ line)
-    return -math.log(-math.log((bits // 512 + 0.5) / 2**23))
 
 
 def scores(

@@ -30,6 +30,14 @@ from stepengine.model.tiny import tiny_config
 from stepengine.stage2_paged.block_pool import BlockPool
 from stepengine.stage2_paged.cache import PagedCache
 from stepengine.stage2_paged.scheduler import PagedScheduler, youngest
+from tests.paged.faults import (
+    ForgetsThem,
+    ForkTakesNoReference,
+    KeepsHostSlots,
+    QueuesThemLast,
+    SwapsInBackwards,
+    WritesIntoSharedBlocks,
+)
 
 PHASES = [Phase.generate, Phase.shrink]  # explaining a failure takes minutes
 CPU = torch.device("cpu")
@@ -217,11 +225,9 @@ class PagedEngine(RuleBasedStateMachine):
     def run(self, plan: StepPlan) -> None:
         self.amiss, refs, size = True, self.account.refs, self.limits.block_size
         batch = self.staging.fill(plan.chunks, self.requests)
-        keys, values = self.device.write_index(batch.slots)
         written = [label for chunk in plan.chunks for label in self.lineage(chunk.request)[chunk.start : chunk.end]]
-        rows, labels = self.device.rows(0), torch.tensor(written, dtype=torch.float64)[:, None].expand(-1, 2)
-        rows.index_copy_(0, keys, labels)
-        rows.index_copy_(0, values, -labels)
+        labels = torch.tensor(written, dtype=torch.float64)[:, None, None].expand(-1, 1, 2)
+        self.device.store(0, labels, -labels, batch)
         for row, chunk in enumerate(plan.chunks):
             request, table = self.requests[chunk.request], self.account.table[chunk.request]
             assert 0 <= chunk.start < chunk.end <= request.num_tokens
@@ -329,38 +335,11 @@ def test_thousands_of_operations():
     run_state_machine_as_test(PagedEngine, settings=CI)
 
 
-class WritesIntoSharedBlocks(PagedCache):
-    def grow(self, request, upto):
-        grant = super().grow(request, upto)
-        if grant is not None and grant.copies:
-            self.pool.share([copy.source for copy in grant.copies])
-            self.pool.free([copy.destination for copy in grant.copies])
-        return grant and grant._replace(copies=())
-
-
-class ForgetsToShare(PagedCache):
-    def fork(self, parent, child):
-        child.blocks.extend(parent.blocks)
-
-
 class FindsStrangers(PagedCache):
     def _sharing(self, request):
         others = [other for group in self.samples.values() for other in group if other is not request]
         found = [other for other in others if other.blocks and other.computed >= len(request.prompt_ids)]
         return found[0] if found and not request.blocks else None
-
-
-class SwapsInBackwards(PagedCache):
-    def swap_in(self, request):
-        swap = super().swap_in(request)
-        request.blocks.reverse()
-        return swap
-
-
-class KeepsHostSlots(PagedCache):
-    def release(self, request):
-        self.hosted.pop(request.id, None)
-        super().release(request)
 
 
 class HandsOutTwice(BlockPool):
@@ -369,29 +348,16 @@ class HandsOutTwice(BlockPool):
         self._free.extend(block for block in ids if self.refs(block) == 1)
 
 
-class ForgetsWhoGaveWay(PagedScheduler):
-    def _preempt(self, victim, moves):
-        super()._preempt(victim, moves)
-        self.waiting.remove(victim)
-
-
-class QueuesThemLast(PagedScheduler):
-    def _preempt(self, victim, moves):
-        super()._preempt(victim, moves)
-        self.waiting.remove(victim)
-        self.waiting.append(victim)
-
-
 @pytest.mark.parametrize(
     ("role", "mutant"),
     [
         ("Cache", WritesIntoSharedBlocks),
-        ("Cache", ForgetsToShare),
+        ("Cache", ForkTakesNoReference),
         ("Cache", FindsStrangers),
         ("Cache", SwapsInBackwards),
         ("Cache", KeepsHostSlots),
         ("Pool", HandsOutTwice),
-        ("Scheduler", ForgetsWhoGaveWay),
+        ("Scheduler", ForgetsThem),
         ("Scheduler", QueuesThemLast),
     ],
 )

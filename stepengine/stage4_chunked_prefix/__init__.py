@@ -1,0 +1,1 @@
+"""Stage 4: (a) prompts in chunks beside decodes, (b) K/V of equal beginnings found again, each selectable alone."""
