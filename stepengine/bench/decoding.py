@@ -51,8 +51,8 @@ def compare_text(result: Mapping[str, Any]) -> list[str]:
     for cell in result["cells"]:
         ms = cell["ms"]
         lines.append(
-            f"    {cell['rows']:3} rows at {cell['context']:4}: {ms[first]:6.1f} ms, stage {second} {ms[second]:6.1f} ms, "
-            f"speed {ratio_text(cell['speed'])}"
+            f"    {cell['rows']:3} rows at {cell['context']:4}: {ms[first]:6.1f} ms, stage {second} "
+            f"{ms[second]:6.1f} ms, speed {ratio_text(cell['speed'])}"
             + (f"; copying alone {cell['copy_ms']:.1f} ms" if "copy_ms" in cell else "")
         )
     return lines

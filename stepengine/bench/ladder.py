@@ -1,17 +1,16 @@
 """The ladder: every stage on the same requests, and each stage's own metric against the stage before it."""
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
 from typing import Any
 
 from stepengine.bench import report, runs, verify, workloads
 from stepengine.bench.measure import Ratio, machine
+from stepengine.bench.metrics import METRICS, SPEED, Metric, common_set
 from stepengine.bench.runs import Run
-from stepengine.bench.usage import usage
 from stepengine.bench.workloads import Workload
 from stepengine.llm import LLM
 from stepengine.stages import STAGES, Stage, find_stage
@@ -21,50 +20,6 @@ PLACES = 32  # requests that may run at once from stage 2 on, if that memory hol
 MAX_MODEL_LEN = 128  # no set below asks for more
 ROUNDS = 3  # of runs whose medians are shown; the fast form makes one
 PATIENCE_S = 120.0  # on a machine so slow or busy that this much has passed, no further round begins
-
-
-@dataclass(frozen=True)
-class Metric:
-    """What a stage exists for: a number of a run, on a set of its own or (own_set None) on the common one."""
-
-    name: str
-    unit: str
-    better: str  # "lower" | "higher"
-    value: Callable[[Run], float]
-    own_set: Callable[[Any, bool], Workload] | None = None  # (corpus, fast) -> requests
-
-
-def common_set(ids: Any, fast: bool) -> Workload:
-    """The requests that all stages run; in the fast form, stage 0 computes fewer than 12,000 tokens on them."""
-    if fast:
-        return workloads.uniform(ids, seed=1, count=8, prompt=(24, 48), output=(8, 32))
-    return workloads.uniform(ids, seed=1, count=16, prompt=(32, 64), output=(16, 48))
-
-
-def uneven_set(ids: Any, fast: bool) -> Workload:
-    """Short prompts and outputs of very different lengths, which is what static batching is bad at."""
-    return workloads.exponential(ids, seed=2, count=12 if fast else 24, prompt=(8, 24), mean=20, most=96)
-
-
-def long_tailed_set(ids: Any, fast: bool) -> Workload:
-    """Most requests short, a few as long as a slot."""
-    return workloads.lognormal(ids, seed=3, count=12 if fast else 20, prompt_mean=24, output_mean=32, most=128)
-
-
-METRICS = {
-    "1a": Metric("tokens computed", "tokens", "lower", lambda run: run.summary["tokens_computed"]),
-    "1b": Metric("idle slot-steps", "slot-steps", "lower", lambda run: run.summary["idle_slot_steps"], uneven_set),
-    "2": Metric(
-        "sequences that fit in the same K/V bytes",
-        "sequences",
-        "higher",
-        lambda run: usage(run.trace).fits,
-        long_tailed_set,
-    ),
-}
-"""By stage name. A stage that is not listed is measured by its speed."""
-
-SPEED = Metric("tokens per second", "tokens/s", "higher", lambda run: run.tokens_per_s)
 
 
 def run(
@@ -82,7 +37,8 @@ def run(
     named = {find_stage(name) for name in stages or [stage.name for stage in STAGES]}
     began = time.perf_counter()
     climb = _Climb(model, fast, progress)
-    rows = [climb.stage(stage) for stage in STAGES if stage in named or stage is STAGES[0]]
+    order = [stage for stage in STAGES if stage in named or stage is STAGES[0]]
+    rows = [climb.stage(stage, _needed(order[turn + 1 :])) for turn, stage in enumerate(order)]
     fingerprint = machine()
     result = {
         "model": model,
@@ -101,23 +57,28 @@ def run(
     return result
 
 
+def _needed(later: Sequence[Stage]) -> list[str]:
+    """Stages that `later` ones are held against."""
+    metrics = [METRICS.get(stage.name, SPEED) for stage in later]
+    return [metric.against for metric in metrics if metric.against is not None]
+
+
 render = report.render
 
 
 class _Climb:
-    """The reference and the stage before this one stay loaded: the one judges tokens, the other runs in pairs."""
+    """The reference stays loaded, for it judges tokens, and so does every stage that a later one is held against."""
 
     def __init__(self, model: str, fast: bool, progress: bool) -> None:
         self.model, self.fast, self.progress = model, fast, progress
-        self.reference: tuple[LLM, Run] | None = None
-        self.before: tuple[LLM, Run] | None = None
+        self.climbed: dict[str, tuple[LLM, Run]] = {}  # in order, the first is the reference
         self.began = time.perf_counter()
 
-    def stage(self, stage: Stage) -> dict[str, Any]:
-        """Measure one stage; its row of the result."""
+    def stage(self, stage: Stage, wanted: Sequence[str] = ()) -> dict[str, Any]:
+        """Measure one stage; its row of the result. Of those before it, only `wanted` ones are needed later."""
         llm = self._load(stage)
         # Without a cache a run takes long enough to be timed once, and is no close call.
-        done = list(self._rounds(lambda: self._run(llm, self.common, "common set"), once=self.reference is None))
+        done = list(self._rounds(lambda: self._run(llm, self.common, "common set"), once=not self.climbed))
         middle = sorted(done, key=lambda run: run.tokens_per_s)[len(done) // 2]
         summary = middle.summary
         row: dict[str, Any] = {
@@ -131,38 +92,64 @@ class _Climb:
             "near_ties": 0,
             "note": "",
         }
-        if self.reference is None or self.before is None:
-            self.reference = (llm, middle)
-        else:
-            found = verify.differences(*self.reference, middle)
+        if self.climbed:
+            found = verify.differences(*next(iter(self.climbed.values())), middle)
             row |= {"same_tokens": found.wrong == 0, "near_ties": found.near}
-            row |= self._gain(stage, llm, middle, *self.before)
-        self.before = (llm, middle)
+            row |= self._gain(stage, llm, middle)
+        self.climbed[stage.name] = (llm, middle)
+        first = next(iter(self.climbed))
+        for name in [name for name in self.climbed if name not in (first, stage.name, *wanted)]:
+            del self.climbed[name]
         return row
 
-    def _gain(self, stage: Stage, llm: LLM, middle: Run, other: LLM, before: Run) -> dict[str, Any]:
+    def _gain(self, stage: Stage, llm: LLM, middle: Run) -> dict[str, Any]:
         """The stage's metric, before and after, and a reason where tokens/s did not move."""
         metric = METRICS.get(stage.name, SPEED)
-        pairs = [(before, middle)]
+        before = metric.against if metric.against in self.climbed else list(self.climbed)[-1]
+        other, run_before = self.climbed[before]
+        pairs, own = [(run_before, middle)], None
         if metric.own_set is not None:
             own = metric.own_set(self.ids, self.fast)
-            pairs = list(self._rounds(lambda: (self._run(other, own, "own set"), self._run(llm, own, "own set"))))
+            arms = self._own_engines(metric, before, stage.name) if metric.settings else (other, llm)
+            pairs = list(self._rounds(lambda: tuple(self._run(arm, own, "own set") for arm in arms)))
         speed = Ratio.of([after.tokens_per_s / first.tokens_per_s for first, after in pairs])
         first, after = sorted(pairs, key=lambda pair: pair[1].tokens_per_s / pair[0].tokens_per_s)[len(pairs) // 2]
+        if metric.counted:
+            pairs = [tuple(runs.run_counted(arm, after.workload) for arm in (other, llm))]
+        values = [
+            {
+                "name": number.name,
+                "unit": number.unit,
+                "before": median(number.value(first) for first, _ in pairs),
+                "after": median(number.value(after) for _, after in pairs),
+                "better": number.better,
+            }
+            for number in metric.numbers
+        ]
         return {
             "metric": {
-                "name": metric.name,
-                "unit": metric.unit,
-                "before": median(metric.value(first) for first, _ in pairs),
-                "after": median(metric.value(after) for _, after in pairs),
-                "better": metric.better,
-                "note": f"{len(after.workload.prompts)} requests, outputs {after.workload.name}"
-                + (f"; tokens/s {speed.median:.2f}x" if metric.own_set is not None else ""),
+                **values[0],
+                "also": values[1:],
+                "against": before,
+                "note": (f"against stage {before}: " if before != list(self.climbed)[-1] else "")
+                + f"{len(after.workload.prompts)} requests, {'' if after.workload.after else 'outputs '}"
+                + after.workload.name
+                + (f"; tokens/s {speed.median:.2f}x" if own is not None else ""),
                 "workload": after.workload.describe(),
                 "tokens_per_s": {"before": first.tokens_per_s, "after": after.tokens_per_s, "ratio": vars(speed)},
             },
-            "note": report.why(before, middle),
+            "note": report.why(run_before, middle),
         }
+
+    def _own_engines(self, metric: Metric, *stages: str) -> tuple[LLM, ...]:
+        """Engines for a set that does not fit into those of the common one; they run one copy of the weights."""
+        assert metric.settings is not None
+        with _bar(self.progress, f"stage {stages[-1]:<3} loading {self.model}", 0):
+            arms = tuple(runs.build(self.model, stage, **metric.settings(stage, self.fast)) for stage in stages)
+            runs.share_weights(arms)
+            for arm in arms:
+                runs.warm(arm, self.common)
+        return arms
 
     def _rounds(self, measure: Callable[[], Any], once: bool = False) -> Iterator[Any]:
         for turn in range(1 if once or self.fast else ROUNDS):
@@ -173,7 +160,7 @@ class _Climb:
     def _load(self, stage: Stage) -> LLM:
         with _bar(self.progress, f"stage {stage.name:<3} loading {self.model}", 0):
             llm = runs.build(self.model, stage.name, SLOTS, MAX_MODEL_LEN, places=PLACES)
-            if self.reference is None:
+            if not self.climbed:
                 self.ids = workloads.corpus(llm.tokenizer, llm.config.vocab_size)
                 self.common = common_set(self.ids, self.fast)
             runs.warm(llm, self.common)

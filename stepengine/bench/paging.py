@@ -5,7 +5,7 @@ from typing import Any
 
 from stepengine.bench import decoding, runs, verify, workloads
 from stepengine.bench.measure import alternate
-from stepengine.bench.options import Options, bar_text, ratio_text, told_of
+from stepengine.bench.options import Options, ratio_text, told_of
 from stepengine.bench.usage import Usage, block_tokens_per_sequence, usage
 from stepengine.bench.workloads import Workload
 

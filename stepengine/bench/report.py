@@ -48,7 +48,8 @@ def table(result: Mapping[str, Any]) -> str:
         )
         metric = row["metric"]
         if metric is not None:
-            lines += _wrapped(f"{_gain(metric)}  ({metric['note']})")
+            gains = "; ".join(_gain(number) for number in (metric, *metric.get("also", ())))
+            lines += _wrapped(f"{gains}  ({metric['note']})")
         if row["note"]:
             lines += _wrapped(row["note"])
     names = ", ".join(f"{row['near_ties']} in {row['stage']}" for row in result["stages"] if row["near_ties"])
@@ -73,7 +74,8 @@ def _pair(values: Mapping[str, float] | None) -> str:
 
 def _gain(metric: Mapping[str, Any]) -> str:
     before, after = metric["before"], metric["after"]
-    text = f"{metric['name']}: {_number(before)} -> {_number(after)}"
+    unit = " ms" if metric["unit"] == "ms" else ""
+    text = f"{metric['name']}: {_number(before)} -> {_number(after)}{unit}"
     if before and after and before != after:
         ratio = max(before, after) / min(before, after)
         text += f", {ratio:.1f} times {'more' if after > before else 'fewer'}" if ratio >= 1.05 else ", about the same"

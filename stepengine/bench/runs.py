@@ -2,13 +2,14 @@
 
 from collections import deque
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from stepengine.bench.traffic import Traffic, counted
 from stepengine.bench.workloads import Chats, Workload
 from stepengine.core.request import RequestOutput
 from stepengine.llm import LLM
@@ -26,6 +27,7 @@ class Run:
     workload: Workload
     token_ids: list[list[int]]
     trace: Trace
+    traffic: Traffic | None = None  # of runs that `run_counted` made
 
     @cached_property
     def step_ms(self) -> tuple[list[float], list[float]]:
@@ -55,11 +57,17 @@ class Run:
 
     def itl_ms(self, kind: str) -> dict[str, float]:
         """{"p50", "p99"} of the gaps between tokens of one kind of request, which has some."""
-        return _of(gap for index in self.workload.of(kind) for gap in self.requests[index].itl_ms)
+        return quantiles(gap for index in self.workload.of(kind) for gap in self.requests[index].itl_ms)
 
     def ttft_ms(self, kind: str) -> dict[str, float]:
         """{"p50", "p99"} of the times to the first token of one kind of request."""
-        return _of(self.requests[index].ttft_ms for index in self.workload.of(kind))
+        return quantiles(self.requests[index].ttft_ms for index in self.workload.of(kind))
+
+    @property
+    def counts(self) -> Traffic:
+        """What `run_counted` counted."""
+        assert self.traffic is not None, "this run was not counted"
+        return self.traffic
 
     @property
     def hit_tokens(self) -> int:
@@ -67,7 +75,8 @@ class Run:
         return sum(chunk.cached for record in self.trace.steps for chunk in record.plan.chunks)
 
 
-def _of(values: Iterable[float | None]) -> dict[str, float]:
+def quantiles(values: Iterable[float | None]) -> dict[str, float]:
+    """{"p50", "p99"} of those that are not None."""
     found = percentiles(value for value in values if value is not None)
     assert found is not None, "no such request got that far"
     return found
@@ -142,6 +151,13 @@ def run(llm: LLM, workload: Workload, told: Callable[[int], object] | None = Non
             told(came)
     samples = [sample for request in ids for sample in outputs[request].outputs]
     return Run(workload, [sample.token_ids for sample in samples], trace)
+
+
+def run_counted(llm: LLM, workload: Workload) -> Run:
+    """Run the workload with every operator counted, which takes longer: its times say nothing."""
+    with counted(llm) as traffic:
+        done = run(llm, workload)
+    return replace(done, traffic=traffic)
 
 
 def run_chats(llm: LLM, chats: Chats, told: Callable[[int], object] | None = None) -> list[Run]:

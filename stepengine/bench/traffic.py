@@ -1,4 +1,4 @@
-"""What a run asks of the machine, counted operator by operator: how many are launched, what attention reads and writes."""
+"""What a run asks of the machine, operator by operator: how many are launched, and what attention reads and writes."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -6,7 +6,6 @@ from dataclasses import dataclass, field
 from typing import Any
 from unittest import mock
 
-import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 

@@ -155,21 +155,34 @@ def few_long(
 
 
 def long_arrivals(
-    ids: np.ndarray, seed: int, running: int, outputs: int, long: int, count: int, own: int = 4, short: int = 16
+    ids: np.ndarray,
+    seed: int,
+    running: int,
+    outputs: int,
+    long: int,
+    count: int,
+    own: int = 4,
+    short: int = 16,
+    shared: int = 0,
 ) -> Workload:
     """`running` requests decode; `count` prompts of `long` tokens come in on them, each with a short one behind it.
 
     Kinds: "running" (prompts of `short` tokens, `outputs` tokens each), "long" and "other" (`own` tokens each).
-    Arrivals are spread evenly over the tokens that the running ones get.
+    Arrivals are spread evenly over the tokens that the running ones get. The first `shared` tokens of all long
+    prompts are the same.
     """
     rng = np.random.default_rng(seed)
     kinds = ["running"] * running + ["long", "other"] * count
     lens = {"running": short, "long": long, "other": short}
     prompts = _cut(ids, rng, [lens[kind] for kind in kinds])
+    same = prompts[running][:shared] if count else ()
+    prompts = tuple(
+        same + prompt[shared:] if kind == "long" else prompt for kind, prompt in zip(kinds, prompts, strict=True)
+    )
     each = running * outputs // (count + 1)
     after = [0] * running + [each * turn for turn in range(1, count + 1) for _ in range(2)]
     outs = tuple(outputs if kind == "running" else own for kind in kinds)
-    name = f"{running} decodes, {count} prompts of {long}"
+    name = f"{running} decodes, then {count} prompts of {long}" + (f", {shared} the same" if shared else "")
     return Workload(name, prompts, outs, seed, after=tuple(after), kinds=tuple(kinds))
 
 

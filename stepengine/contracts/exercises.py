@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 
+from stepengine.contracts.graph_exercises import check_bucket, check_idle_fraction
 from stepengine.contracts.paged_exercises import check_copies, check_pick_victim, check_slot
 from stepengine.contracts.report import Promise, Report, expect, run_promises
 from stepengine.core.kv_pool import KVPool
@@ -15,9 +16,11 @@ from stepengine.model.config import ModelConfig
 from stepengine.model.tiny import tiny_config
 
 __all__ = [
+    "check_bucket",
     "check_continuous_steps",
     "check_copies",
     "check_greedy_generate",
+    "check_idle_fraction",
     "check_kv_bytes_per_token",
     "check_my_cache",
     "check_pick_victim",

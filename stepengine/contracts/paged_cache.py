@@ -11,7 +11,7 @@ from stepengine.core.request import Request, SamplingParams, State
 from stepengine.core.seams import KVCache, Limits
 
 
-class _Device:
+class Device:
     """Plays scheduler and storage. A stored token is the tuple of all tokens up to it, as a model's K/V would be."""
 
     def __init__(self, make: Callable[[Limits], KVCache], limits: Limits) -> None:
@@ -25,23 +25,23 @@ class _Device:
         self.ids = itertools.count()
         self.tokens = itertools.count(1)
 
-    def request(self, tokens: Sequence[int], group: int | None = None) -> Request:
+    def request(self, tokens: Sequence[int], group: int | None = None, salt: str = "") -> Request:
         number = next(self.ids)
         params, group = SamplingParams(), number if group is None else group
-        request = Request(number, list(tokens), params, 1 << 30, group=group, sample=number - group)
+        request = Request(number, list(tokens), params, 1 << 30, group=group, sample=number - group, cache_salt=salt)
         request.state = State.RUNNING
         return request
 
     def prompt(self, length: int) -> list[int]:
         return [next(self.tokens) for _ in range(length)]
 
-    def start(self, request: Request) -> bool:
-        """Run all tokens that a new request (or one that comes back) has."""
+    def start(self, request: Request, most: int | None = None) -> bool:
+        """Run all tokens that a new request (or one that comes back) has, or the first `most` of those not found."""
         cached = self.cache.match(request)
-        known = len(request.prompt_ids)
-        expect(0 <= cached <= known, f"match said {cached} of a prompt of {known} tokens")
+        known = request.num_tokens
+        expect(0 <= cached <= known, f"match said {cached} of a request of {known} tokens")
         request.keep(cached)
-        if not self.run(request, cached):
+        if not self.run(request, cached, most):
             request.keep(0)
             return False
         self.live[request.id] = request
@@ -53,8 +53,10 @@ class _Device:
             request.token_ids.append(next(self.tokens))
         return self.run(request)
 
-    def run(self, request: Request, cached: int = 0) -> bool:
-        cache, size, upto = self.cache, self.size, request.num_tokens
+    def run(self, request: Request, cached: int = 0, most: int | None = None, commit: bool = True) -> bool:
+        """Run what is not yet scheduled, or `most` tokens of it; without `commit` its results are still to come."""
+        cache, size = self.cache, self.size
+        upto = request.num_tokens if most is None else min(request.num_tokens, request.scheduled + most)
         before, table = cache.free_tokens, list(request.blocks)
         call = f"blocks of {size}: grow(request {request.id}, {upto})"
         grant = cache.grow(request, upto)
@@ -63,12 +65,12 @@ class _Device:
             expect(same, f"{call} answered None but changed what is free or held")
             return False
         stored = request.computed
-        chunk = request.schedule(grant.blocks, cached)
+        chunk = request.schedule(grant.blocks, cached, most)
         for copy in grant.copies:
             request.blocks[copy.entry] = copy.destination
             for offset in range(size):
                 self.stored[copy.destination, offset] = self.stored.get((copy.source, offset), ())
-        wanted = -(-upto // size)
+        wanted = -(-max(upto, stored) // size)
         expect(len(request.blocks) == wanted, f"{call} left {len(request.blocks)} blocks in its table, not {wanted}")
         for position in range(stored, upto):
             block, offset = request.blocks[position // size], position % size
@@ -83,9 +85,18 @@ class _Device:
             expect(
                 right, f"{call}: token {position} is read from block {request.blocks[position // size]}, not its own"
             )
-        request.computed = cache.commit(request, chunk.end)
-        request.scheduled = min(request.scheduled, request.computed)
+        if commit:
+            self.commit(request, chunk.end)
         return True
+
+    def commit(self, request: Request, upto: int) -> None:
+        request.computed = self.cache.commit(request, upto)
+        request.scheduled = min(request.scheduled, request.computed)
+
+    def preempt(self, request: Request) -> None:
+        """It gives up its blocks and will start again with all its tokens."""
+        self.end(request)
+        request.give_way(State.WAITING)
 
     def end(self, request: Request) -> None:
         self.cache.release(request)
@@ -156,7 +167,7 @@ def paged_promises(make: Callable[[Limits], KVCache], limits: Limits, remarks: l
     methods = make(limits)
 
     def thrift() -> None:
-        device = _Device(make, limits)
+        device = Device(make, limits)
         request = device.request(device.prompt(1))
         device.start(request)
         while request.num_tokens < longest:
@@ -165,7 +176,7 @@ def paged_promises(make: Callable[[Limits], KVCache], limits: Limits, remarks: l
 
     def several() -> None:
         for count in (2, 3, 5):
-            device = _Device(make, limits)
+            device = Device(make, limits)
             requests = [device.request(device.prompt(1 + number)) for number in range(count)]
             for request in requests:
                 device.start(request)
@@ -177,7 +188,7 @@ def paged_promises(make: Callable[[Limits], KVCache], limits: Limits, remarks: l
 
     def samples() -> None:
         for prompt, n in ((size, 2), (size + 2, 2), (2 * size - 1, 3), (2 * size, 3), (2 * size + 1, 2)):
-            device = _Device(make, limits)
+            device = Device(make, limits)
             tokens = device.prompt(prompt)
             first = device.request(tokens)
             device.start(first)
@@ -194,7 +205,7 @@ def paged_promises(make: Callable[[Limits], KVCache], limits: Limits, remarks: l
 
     def forks() -> None:
         for tokens in (1, size - 1, size, size + 1):
-            device = _Device(make, limits)
+            device = Device(make, limits)
             parent = device.request(device.prompt(max(1, tokens)))
             device.start(parent)
             child = device.fork(parent)
@@ -212,7 +223,7 @@ def paged_promises(make: Callable[[Limits], KVCache], limits: Limits, remarks: l
 
     def swaps() -> None:
         for tokens in (1, size, size + 1):
-            device = _Device(make, swapping)
+            device = Device(make, swapping)
             request, other = device.request(device.prompt(tokens)), device.request(device.prompt(1))
             device.start(request)
             expect(device.swap_out(request), f"swap_out found no room in {swapping.num_host_blocks} host blocks")
@@ -224,7 +235,7 @@ def paged_promises(make: Callable[[Limits], KVCache], limits: Limits, remarks: l
             device.whole()
 
     def full_host() -> None:
-        device = _Device(make, Limits(**{**vars(swapping), "num_host_blocks": 1}))
+        device = Device(make, Limits(**{**vars(swapping), "num_host_blocks": 1}))
         short, long = device.request(device.prompt(1)), device.request(device.prompt(size + 1))
         device.start(short)
         device.start(long)
@@ -241,7 +252,7 @@ def paged_promises(make: Callable[[Limits], KVCache], limits: Limits, remarks: l
     def any_order() -> None:
         for steps in (5, 10, 20, 50, 300):
             rng = random.Random(steps)
-            device = _Device(make, swapping)
+            device = Device(make, swapping)
             for _ in range(steps):
                 live = list(device.live.values())
                 running = [request for request in live if request.state is State.RUNNING]

@@ -120,6 +120,8 @@ class PrefixBlockPool:
 
     def seal(self, block: int, key: Key) -> bool:
         """A held block is full, computed, and from now on found by `key`; False where the index has no place for it."""
+        if not self._refs[block]:
+            raise StepEngineError(f"Block {block} has no references; only a block that is held can be sealed.")
         if self._entries[block] is not None:
             return True
         entry = self.index.find(key)

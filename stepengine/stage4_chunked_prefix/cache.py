@@ -167,22 +167,20 @@ class PrefixCache:
 
     def _hits(self, request: Request) -> list[int]:
         """The blocks of what `match` told, which the scheduler took up as `request.computed`."""
-        chain, tokens = self._chain(request), request.computed
-        if tokens == self._shared_tokens(request):
-            other = self._sharing(request)
-            assert other is not None
-            whole, theirs = len(request.prompt_ids) // self.block_size, self._chain(other)
-            chain.keys = theirs.keys[: max(whole, 0)] if len(chain.keys) < whole else chain.keys
-            chain.sealed = min(theirs.sealed, whole)
-            return other.blocks[: self._count(len(request.prompt_ids))]
-        blocks = self._found(request)[: tokens // self.block_size]
-        if len(blocks) * self.block_size != tokens:
+        chain, blocks, tokens = self._chain(request), self._found(request), request.computed
+        if tokens == len(blocks) * self.block_size:
+            chain.sealed = len(blocks)
+            return blocks
+        other = self._sharing(request)
+        if other is None or tokens != self._shared_tokens(request):
             raise StepEngineError(
-                f"Request {request.id} was to start with {tokens} tokens found, and {len(blocks) * self.block_size} are; "
-                f"a scheduler must keep what match tells and call grow before anything else is granted."
+                f"Request {request.id} is to start with {tokens} tokens found, and {self.match(request)} are; a "
+                f"scheduler must keep what match tells, and call grow before anything else is granted."
             )
-        chain.sealed = len(blocks)
-        return blocks
+        whole, theirs = len(request.prompt_ids) // self.block_size, self._chain(other)
+        chain.keys = chain.keys if len(chain.keys) > whole else theirs.keys[:whole]
+        chain.sealed = min(theirs.sealed, whole)
+        return other.blocks[: self._count(len(request.prompt_ids))]
 
     # -- what samples share ---------------------------------------------------------------------------
 

@@ -8,6 +8,7 @@ from stepengine.errors import TraceError
 from stepengine.trace.record import Trace
 
 NOT_ARRIVED, WAITING, RUNNING, SWAPPED, FINISHED = "not arrived", "waiting", "running", "swapped", "finished"
+PREFIX_STAGES = ("4", "4b", "5")
 CHECKPOINT_EVERY = 64  # steps between saved states: memory against the cost of a jump
 
 
@@ -27,6 +28,9 @@ class Snapshot:
     new_blocks: frozenset[int]  # granted, swapped in or copied to in this step
     hit_blocks: frozenset[int]  # taken over with their contents in this step
     hosted: dict[int, tuple[int, ...]]  # host slots of the swapped ones, in logical order
+    holds: dict[int, int]  # block id -> which of `Replay.beginnings` it can be found by, held or not
+    kept_blocks: frozenset[int]  # those of `holds` that nobody has a reference on
+    evicted_blocks: frozenset[int]  # kept until this step, whose contents were given up for others
 
     @property
     def chunks(self) -> tuple[Chunk, ...]:
@@ -45,6 +49,10 @@ class _State:
     refs: dict[int, int] = field(default_factory=dict)
     new: frozenset[int] = frozenset()
     hits: frozenset[int] = frozenset()
+    evicted: frozenset[int] = frozenset()
+    holds: dict[int, int] = field(default_factory=dict)  # sealed block -> beginning
+    found: dict[int, tuple[int, ...]] = field(default_factory=dict)  # beginning -> its blocks
+    sealed: dict[int, int] = field(default_factory=dict)  # request -> blocks of its table that are sealed
 
     def copy(self) -> "_State":
         """Independent of the original: the dicts hold only immutable values."""
@@ -58,6 +66,10 @@ class _State:
             dict(self.refs),
             self.new,
             self.hits,
+            self.evicted,
+            dict(self.holds),
+            dict(self.found),
+            dict(self.sealed),
         )
 
 
@@ -67,12 +79,21 @@ class Replay:
     Stepping forward costs one step; a jump costs at most `CHECKPOINT_EVERY` steps once that part has been seen.
     Inconsistencies (a block used that is not free or not held, a table entry out of range, a token skipped) raise
     `TraceError` naming step and request.
+
+    Where prefixes are cached (`meta["prefix_caching"]`, or by default in stages 4 and 4b) it is known which blocks
+    can be found again, and by what: `beginnings[i]` is (parent, tokens of one block), where the parent is another
+    beginning, or -1 - the number of a cache namespace.
     """
 
     def __init__(self, trace: Trace) -> None:
         self.trace = trace
         self.num_blocks = int(trace.meta.get("num_blocks") or 0)
         self.block_size = int(trace.meta.get("block_size") or trace.meta.get("max_model_len") or 0)
+        named = trace.meta.get("prefix_caching")
+        self.prefix_caching = bool(named) if named is not None else str(trace.meta.get("stage")) in PREFIX_STAGES
+        self.beginnings: list[tuple[int, tuple[int, ...]]] = []
+        self._numbers: dict[tuple[int, tuple[int, ...]], int] = {}
+        self._namespaces: dict[str, int] = {}
         # `_checkpoints[t]` is the state before step t
         start = _State({r: NOT_ARRIVED for r in trace.requests})
         self._checkpoints: dict[int, _State] = {0: start}
@@ -129,7 +150,7 @@ class Replay:
                 f"Step {plan.step} has {len(plan.chunks)} chunks but {len(record.token_ids)} token ids; "
                 "one per chunk is needed (-1 for none)."
             )
-        s.new = s.hits = frozenset()
+        s.new = s.hits = s.evicted = frozenset()
         for request in plan.arrived:
             if self._state_of(s, t, request) == NOT_ARRIVED:
                 s.state[request] = WAITING
@@ -229,8 +250,40 @@ class Replay:
                 raise self._error(t, request, f"writes token {chunk.end - 1} but its blocks hold {room}")
             if not self._ran_ahead(s, chunk, token):
                 s.computed[request] = chunk.end
+            if self.prefix_caching:
+                self._seal(s, request, chunk.end)
         if token >= 0:
             s.outputs[request] = (*s.outputs.get(request, ()), token)
+
+    def _seal(self, s: _State, request: int, upto: int) -> None:
+        """Full blocks of the first `upto` tokens are found again from now on; equal ones all while they are held."""
+        size, table, first = self.block_size, s.table[request], s.sealed.get(request, 0)
+        if upto // size <= first:
+            return
+        info = self.trace.requests[request]
+        tokens = (*info.prompt_ids, *s.outputs.get(request, ()))
+        space = self._namespaces.setdefault(getattr(info, "cache_salt", ""), len(self._namespaces))
+        parent = s.holds[table[first - 1]] if first else -1 - space
+        for at in range(first, upto // size):
+            block, beginning = table[at], (parent, tokens[at * size : (at + 1) * size])
+            if beginning not in self._numbers:
+                self._numbers[beginning] = len(self.beginnings)
+                self.beginnings.append(beginning)
+            parent = self._numbers[beginning]
+            if block not in s.holds:
+                for other in s.found.get(parent, ()):
+                    if not s.refs.get(other):
+                        self._forget(s, other)
+                s.holds[block] = parent
+                s.found[parent] = (*s.found.get(parent, ()), block)
+        s.sealed[request] = upto // size
+
+    @staticmethod
+    def _forget(s: _State, block: int) -> None:
+        beginning = s.holds.pop(block)
+        s.found[beginning] = tuple(other for other in s.found[beginning] if other != block)
+        if not s.found[beginning]:
+            del s.found[beginning]
 
     def _settle(self, s: _State, t: int) -> None:
         for request, reason in self.trace.steps[t].finished:
@@ -257,6 +310,7 @@ class Replay:
         for block in table:
             s.refs[block] += 1
         s.table[child], s.computed[child], s.state[child] = table, s.computed.get(parent, 0), state
+        s.sealed[child] = s.sealed.get(parent, 0)
 
     def _grant(self, s: _State, t: int, request: int, blocks: tuple[int, ...], shared: bool = False) -> None:
         """Append to the request's table."""
@@ -271,6 +325,11 @@ class Replay:
             raise self._error(t, request, f"is given block {block}, outside 1 to {self.num_blocks}")
         if s.refs.get(block) and not shared:
             raise self._error(t, request, f"is given block {block}, which is not free")
+        if self.prefix_caching and shared and not s.refs.get(block) and block not in s.holds:
+            raise self._error(t, request, f"takes over block {block}, which nobody holds and which is not cached")
+        if not shared and block in s.holds:
+            self._forget(s, block)
+            s.evicted |= {block}
         s.refs[block] = s.refs.get(block, 0) + 1
         if shared:
             s.hits |= {block}
@@ -281,11 +340,14 @@ class Replay:
         for block in s.table.pop(request, ()):
             self._release(s, block)
         s.computed[request] = 0
+        s.sealed.pop(request, None)
 
     def _release(self, s: _State, block: int) -> None:
         s.refs[block] -= 1
         if not s.refs[block]:
             del s.refs[block]
+            if block in s.holds and len(s.found[s.holds[block]]) > 1:  # others have the same, and keep it
+                self._forget(s, block)
 
     def _state_of(self, s: _State, t: int, request: int) -> str:
         if request not in self.trace.requests:
@@ -323,4 +385,7 @@ class Replay:
             new_blocks=s.new,
             hit_blocks=s.hits,
             hosted=s.hosted,
+            holds=s.holds,
+            kept_blocks=frozenset(block for block in s.holds if not s.refs.get(block)),
+            evicted_blocks=s.evicted,
         )
