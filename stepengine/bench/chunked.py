@@ -42,6 +42,8 @@ def chunked(options: Options) -> dict[str, Any]:
         arm = chunks if size == budget else _engine(options, CHUNKS, longest, running + 4, size, first)
         found = _rounds(options, f"budget {size}", {CHUNKS: arm}, work, 1)[CHUNKS]
         sweep.append({"budget": size, "tokens_per_s": median(run.tokens_per_s for run in found), **_waits(found)})
+    shy = _engine(options, CHUNKS, longest, running + 4, budget, first, budget // 2)
+    (polite,) = _rounds(options, "threshold", {CHUNKS: shy}, work, 1)[CHUNKS]
     best = max(float(point["tokens_per_s"]) for point in sweep)
     knee = min(int(point["budget"]) for point in sweep if point["tokens_per_s"] >= KNEE * best)
     return {
@@ -59,15 +61,23 @@ def chunked(options: Options) -> dict[str, Any]:
         "itl_by_round": vars(_by_round(done)),
         "sweep": sweep,
         "knee": knee,
+        "threshold": {"tokens": budget // 2, "tokens_per_s": polite.tokens_per_s, **_waits([polite])},
         "same_tokens": same.wrong == 0,
         "near_ties": same.near,
     }
 
 
 def _engine(
-    options: Options, stage: str, longest: int, places: int, budget: int | None = None, weights: LLM | None = None
+    options: Options,
+    stage: str,
+    longest: int,
+    places: int,
+    budget: int | None = None,
+    weights: LLM | None = None,
+    threshold: int | None = None,
 ) -> LLM:
-    llm = runs.build(options.model, stage, places, longest, max_num_batched_tokens=budget)
+    settings = {"max_num_batched_tokens": budget, "long_prefill_token_threshold": threshold}
+    llm = runs.build(options.model, stage, places, longest, **settings)
     if weights is not None:
         runs.share_weights((weights, llm))
     return llm
@@ -109,8 +119,9 @@ def text(result: dict[str, Any]) -> str:
     """The result as lines of at most 120 columns."""
     work, speed, itl = result["workload"], result["speed"], result["itl"]
     lines = [
-        f"prefill first (stage {FIRST}) against chunks (stage {CHUNKS}, {result['budget']} tokens a step): {work['name']},",
-        "  each with a short request behind it; " + ("same tokens" if result["same_tokens"] else "OTHER TOKENS"),
+        f"prefill first (stage {FIRST}) against chunks (stage {CHUNKS}, {result['budget']} tokens a step)",
+        f"  {work['name']}, each with a short request behind it; "
+        + ("same tokens" if result["same_tokens"] else "OTHER TOKENS"),
         f"  gaps between tokens of the running requests: P99 {itl['ratio']:.1f}x lower; bar >= {itl['bar']:g}x "
         f"{_met(itl)} (by round {ratio_text(result['itl_by_round'])})",
         f"  tokens/s {speed['tokens_per_s'][FIRST]:.1f} -> {speed['tokens_per_s'][CHUNKS]:.1f}, "
@@ -126,6 +137,9 @@ def text(result: dict[str, Any]) -> str:
     ]
     for point in result["sweep"]:
         lines.append(f"    {point['budget']:5}: {point['tokens_per_s']:6.1f} tokens/s; {_waits_text(point)}")
+    shy = result["threshold"]
+    lines.append(f"  no chunk longer than {shy['tokens']}, so that others get in (long_prefill_token_threshold)")
+    lines.append(f"    {result['budget']:5}: {shy['tokens_per_s']:6.1f} tokens/s; {_waits_text(shy)}")
     return "\n".join(lines)
 
 

@@ -6,6 +6,7 @@ from typing import Any
 
 from stepengine.errors import TraceError
 from stepengine.trace import Trace, load
+from stepengine.viz.roofline import record_label
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -38,3 +39,18 @@ def recorded_traces(folder: Path | None = None) -> dict[str, Trace]:
         if (trace.meta.get("machine") or {}).get("gpu") and not trace.meta.get("note"):
             traces[path.name.removesuffix(".jsonl.gz")] = trace
     return traces
+
+
+def idle_lines(record: dict[str, Any]) -> list[str]:
+    """What a record says of the device's idle time and the host's work in stage 3's decode steps, with its machine."""
+    found = (record.get("parts", {}).get("idle/stage3") or {}).get("results", {})
+    lines = [record_label(record)]
+    for name, case in found.items():
+        if not isinstance(case, dict) or "wall_us" not in case:
+            continue
+        setting, batch = name.split(", ")
+        line = f"{setting}, batch of {batch}: {case['wall_us']:,.0f} µs a step, the host works {case['host_us']:,.0f} µs"
+        if case.get("device_us") is not None and case.get("idle") is not None:
+            line += f", the device {case['device_us']:,.0f} µs: idle {case['idle']:.1%}"
+        lines.append(line)
+    return lines

