@@ -36,17 +36,19 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 class LLM:
     """A language model served by one stage of the engine.
 
-    model: catalogue name, local folder or hub id. stage: 0, 1, "1a", "1b", 2, 3 or a folder's name. device:
-    "cpu" or "cuda". dtype: "float32", "bfloat16", "float16", or "auto" (fp32 on a CPU, the
-    checkpoint's on a GPU). max_model_len (tokens): prompt and output of one request.
-    max_num_batched_tokens: prompt tokens in one step. kv_cache_memory (bytes): K/V storage. seed: of
-    requests that bring none. trace: record every step (`llm.trace`). scheduler, cache, block_pool,
-    attention: the reader's own part in place of the stage's. From stage 2: block_size (tokens),
-    num_blocks (in place of kv_cache_memory), preemption "recompute" or "swap", swap_space (bytes of host
-    memory for swapped blocks), gpu_memory_utilization (of the GPU, for weights, activations and K/V
-    together). From stage 3: cuda_graphs (on a GPU, replay captured steps; "padded", on any device: run
-    steps at the sizes of the graphs, kernel by kernel), pipelined (launch a step while the one before
-    it runs; on a CPU in a thread). Raises `InvalidSetting` or `ModelError`.
+    model: catalogue name, local folder or hub id. stage: 0, "1a", "1b", 1, 2, 3, "4a", "4b", 4 or a
+    folder's name. device: "cpu" or "cuda". dtype: "float32", "bfloat16", "float16", or "auto" (fp32 on
+    a CPU, the checkpoint's on a GPU). max_model_len (tokens): prompt and output of one request.
+    max_num_batched_tokens: tokens in one step. kv_cache_memory (bytes): K/V storage. seed: of requests
+    that bring none. trace: record every step (`llm.trace`). scheduler, cache, block_pool, attention:
+    the reader's own part in place of the stage's. From stage 2: block_size (tokens), num_blocks (in
+    place of kv_cache_memory), preemption "recompute" or "swap", swap_space (bytes of host memory for
+    swapped blocks), gpu_memory_utilization (of the GPU, for weights, activations and K/V together).
+    From stage 3: cuda_graphs (on a GPU, replay captured steps; "padded", on any device: run steps at
+    the sizes of the graphs, kernel by kernel), pipelined (launch a step while the one before it runs;
+    on a CPU in a thread). From stage 4: long_prefill_token_threshold (most tokens of one prompt in a
+    step), prefix_index "hash" or "radix", evictor (the reader's own). Raises `InvalidSetting` or
+    `ModelError`.
     """
 
     def __init__(
@@ -72,12 +74,16 @@ class LLM:
         gpu_memory_utilization: float | None = None,
         cuda_graphs: bool | str | None = None,
         pipelined: bool | None = None,
+        long_prefill_token_threshold: int | None = None,
+        prefix_index: str | Callable[..., Any] | None = None,
+        evictor: Callable[..., Any] | None = None,
         **later: Any,
     ) -> None:
         self.stage = find_stage(stage)
         sizes = Sizes(max_num_seqs, kv_cache_memory, num_blocks, preemption, swap_space, gpu_memory_utilization)
         staged = {"block_pool": block_pool, "block_size": block_size, **vars(sizes), "max_num_seqs": None}
-        staged |= {"cuda_graphs": cuda_graphs, "pipelined": pipelined}
+        staged |= {"cuda_graphs": cuda_graphs, "pipelined": pipelined, "prefix_index": prefix_index}
+        staged |= {"evictor": evictor, "long_prefill_token_threshold": long_prefill_token_threshold}
         check_settings(self.stage, {**staged, **later}, _names())
         own = {"scheduler": scheduler, "cache": cache, "attention": attention, "block_pool": block_pool}
         for name, part in own.items():
@@ -85,8 +91,11 @@ class LLM:
                 raise InvalidSetting(f"{name} is {part!r}; it must be a class or a function that makes the part.")
         parts = replace(self.stage.parts, **{name: part for name, part in own.items() if part is not None})
         counts = {"max_num_batched_tokens": max_num_batched_tokens, "max_model_len": max_model_len}
-        for name, value in {**counts, "block_size": block_size}.items():
+        counts |= {"block_size": block_size, "long_prefill_token_threshold": long_prefill_token_threshold}
+        for name, value in counts.items():
             check_count(name, value)
+        if prefix_index is not None or evictor is not None:
+            parts = _with_prefix_pool(parts, block_pool, prefix_index, evictor)
         sizes.check()
         if not isinstance(seed, int) or isinstance(seed, bool):
             raise InvalidSetting(f"seed is {seed!r}; it must be a whole number.")
@@ -106,11 +115,7 @@ class LLM:
             )
         check_run_length(self.config, max_model_len)
         budget = max_num_batched_tokens or max(2048, max_model_len)
-        if budget < max_model_len:
-            raise InvalidSetting(
-                f"max_num_batched_tokens is {budget}, below max_model_len {max_model_len}; before stage 4 a prompt "
-                f"runs in one piece, so raise it or lower max_model_len."
-            )
+        _check_chunks(parts.scheduler, budget, max_model_len, max_num_seqs, long_prefill_token_threshold)
         if block_size is not None and block_size > max_model_len:
             raise InvalidSetting(
                 f"block_size is {block_size}, above max_model_len {max_model_len}: no request fills one; lower it."
@@ -123,7 +128,7 @@ class LLM:
             seqs = fit_slots(sizes, block_bytes, self.device)
             num_blocks = seqs if block_size else 0
         else:
-            seqs = max_num_seqs or DEFAULT_SEQS
+            seqs = max_num_seqs or min(DEFAULT_SEQS, budget)
             num_blocks = fit_blocks(sizes, block_bytes, seqs * table_length, self.device)
             host_blocks = fit_host_blocks(sizes, block_bytes, seqs * table_length)
 
@@ -132,7 +137,16 @@ class LLM:
         if num_blocks is None:
             most = seqs * table_length
             num_blocks = measured_blocks(sizes, block_bytes, most, decoder, self.device, max_model_len, budget, seqs)
-        limits = Limits(seqs, budget, max_model_len, block_size, num_blocks, preemption or "recompute", host_blocks)
+        limits = Limits(
+            seqs,
+            budget,
+            max_model_len,
+            block_size,
+            num_blocks,
+            preemption or "recompute",
+            host_blocks,
+            long_prefill_token_threshold or 0,
+        )
         kv_cache = (
             parts.cache(limits) if parts.block_pool is None else parts.cache(limits, parts.block_pool(num_blocks))
         )
@@ -177,6 +191,7 @@ class LLM:
             "device": str(self.device),
             "dtype": str(self.dtype).removeprefix("torch."),
             **vars(limits),
+            "chunked": getattr(parts.scheduler, "chunks_prompts", False),
             "batching": getattr(parts.scheduler, "batching", "continuous"),
             "kv_bytes_per_token": self.config.kv_bytes_per_token(self.dtype),
             "weight_bytes": sum(weight.nbytes for weight in decoder.parameters()),
@@ -191,10 +206,11 @@ class LLM:
         params: SamplingParams | Sequence[SamplingParams] | None = None,
         priority: int | Sequence[int] = 0,
         progress: bool = False,
+        cache_salt: str | Sequence[str] = "",
     ) -> list[RequestOutput]:
         """Run prompts (texts or token-id lists) to their end; outputs in the prompts' order.
 
-        One `params` (and one `priority`) for all, or one per prompt. The whole list is checked before
+        One `params` (`priority`, `cache_salt`) for all, or one per prompt. The whole list is checked before
         anything is scheduled; `InvalidRequest` names the index. Requests that are already in the engine
         go on beside these. Ctrl-C aborts these prompts and leaves the engine usable.
         """
@@ -209,17 +225,20 @@ class LLM:
             _one_per_prompt("params", params, len(listed)) if params is not None else [SamplingParams()] * len(listed)
         )
         order = _one_per_prompt("priority", priority, len(listed))
+        salts = _one_per_prompt(
+            "cache_salt", [cache_salt] * len(listed) if isinstance(cache_salt, str) else cache_salt, len(listed)
+        )
         encoded = []
-        for index, (prompt, own, rank) in enumerate(zip(listed, each, order, strict=True)):
+        for index, (prompt, own, rank, salt) in enumerate(zip(listed, each, order, salts, strict=True)):
             try:
                 ids = self._encode(prompt)
-                self.engine.check(ids, own, rank)
+                self.engine.check(ids, own, rank, salt)
             except InvalidRequest as error:
                 raise InvalidRequest(f"Prompt {index}: {error}") from None
             encoded.append(ids)
         ids_of: list[int] = []
         try:
-            for request in zip(encoded, each, order, strict=True):
+            for request in zip(encoded, each, order, salts, strict=True):
                 with interrupts_held():  # an id that is queued is an id that is known
                     ids_of.append(self.engine.add_request(*request))
                     self.engine.claimed.add(ids_of[-1])
@@ -357,6 +376,38 @@ def _device(name: str) -> torch.device:
             "device is 'cuda', but torch finds no GPU here; use device='cpu' or see `stepengine doctor`."
         )
     return torch.device(name)
+
+
+def _with_prefix_pool(parts: Parts, block_pool: Any, prefix_index: Any, evictor: Any) -> Parts:
+    from stepengine.stage4_chunked_prefix.block_pool import prefix_pool
+
+    named = "prefix_index" if prefix_index is not None else "evictor"
+    if block_pool is not None:
+        raise InvalidSetting(f"{named} is given, and so is block_pool, which brings its own; leave one of them out.")
+    if parts.block_pool is None or not hasattr(parts.block_pool(1), "seal"):
+        raise InvalidSetting(f"{named} is given, and this stage has no prefix cache; use stage 4b or 4.")
+    return replace(parts, block_pool=prefix_pool(prefix_index, evictor))
+
+
+def _check_chunks(
+    scheduler: Any, budget: int, max_model_len: int, max_num_seqs: int | None, threshold: int | None
+) -> None:
+    if not getattr(scheduler, "chunks_prompts", False):
+        if budget < max_model_len:
+            raise InvalidSetting(
+                f"max_num_batched_tokens is {budget}, below max_model_len {max_model_len}; without chunked prefill "
+                f"(stage 4a or 4) a prompt runs in one piece, so raise it or lower max_model_len."
+            )
+        if threshold is not None:
+            raise InvalidSetting(
+                f"long_prefill_token_threshold is {threshold}, and this stage runs a prompt in one piece; use stage "
+                f"4a or 4."
+            )
+    elif max_num_seqs is not None and budget < max_num_seqs:
+        raise InvalidSetting(
+            f"max_num_batched_tokens is {budget}, below max_num_seqs {max_num_seqs}: not every request could decode in "
+            f"each step; raise it or lower max_num_seqs."
+        )
 
 
 def _check_switches(cuda_graphs: Any, pipelined: Any, device: torch.device) -> None:

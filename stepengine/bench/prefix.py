@@ -21,6 +21,7 @@ SHARES = (0.0, 0.5, 0.9, 1.0)  # of a prefix that has been seen
 TAIL = 64  # tokens behind the prefix, never seen
 TTFT_BARS = {1024: 8.0, 4096: 15.0}  # times lower with the whole prefix seen
 MISS_BAR = 1.01  # time with nothing to find, over the time without looking
+SALT = "seen"  # of the runs that shall find what others before them computed
 HOST_BAR = 2.0  # us a block for match and commit
 COUNTED_ON = "tiny-random"  # counts do not depend on the weights
 
@@ -48,12 +49,11 @@ def ttft(options: Options) -> dict[str, Any]:
     rng, vocab = np.random.default_rng(options.seed), llm.config.vocab_size
     runs.warm(llm, _prompt(_draw(rng, vocab, min(prefixes)), options.seed))
     cells: list[dict[str, Any]] = []
-    with told_of(
-        options, "first tokens, by share seen", sum(map(len, [SHARES] * len(prefixes))) * options.rounds
-    ) as told:
+    total = len(prefixes) * len(SHARES) * options.rounds
+    with told_of(options, "first tokens, by share seen", total) as told:
         for length in prefixes:
             seen = _draw(rng, vocab, length)
-            runs.run(llm, _prompt(seen + _draw(rng, vocab, tail), options.seed))
+            runs.run(llm, _prompt(seen + _draw(rng, vocab, tail), options.seed), salt=SALT)
             found: dict[str, set[int]] = {}
 
             def arm(
@@ -61,7 +61,7 @@ def ttft(options: Options) -> dict[str, Any]:
             ) -> float:
                 kept = int(share * length)
                 new = _draw(rng, vocab, length - kept + tail)
-                done = runs.run(llm, _prompt(seen[:kept] + new, options.seed))
+                done = runs.run(llm, _prompt(seen[:kept] + new, options.seed), salt=SALT)
                 found.setdefault(str(share), set()).add(done.hit_tokens)
                 return done.requests[0].ttft_ms or 0.0
 
@@ -123,7 +123,7 @@ def hits(options: Options) -> dict[str, Any]:
                 for right, found in zip(done[WITHOUT], done[index], strict=True)
             ]
             prompts = sum(len(prompt) for turn in done[WITHOUT] for prompt in turn.workload.prompts)
-            computed = {arm: sum(turn.summary["tokens_computed"] for turn in found) for arm, found in done.items()}
+            computed = {arm: sum(map(_computed, found)) for arm, found in done.items()}
             result["sets"][name] = {
                 "name": work.name,
                 "requests": sum(len(turn.workload.prompts) for turn in done[WITHOUT]),
@@ -142,6 +142,10 @@ def hits(options: Options) -> dict[str, Any]:
 
 def _prompt_tokens(work: Workload) -> int:
     return sum(map(len, work.prompts))
+
+
+def _computed(run: runs.Run) -> int:
+    return sum(record.plan.num_tokens for record in run.trace.steps)
 
 
 def _turns(llm: LLM, work: Workload | Chats) -> list[runs.Run]:
@@ -245,21 +249,19 @@ def text(result: dict[str, Any]) -> str:
     lines.append(
         f"  hits, counted in runs of {found['model']} (weights do not matter), pool {found['pool_tokens']} tokens"
     )
-    for part in found["sets"].values():
-        by_turn = (
-            f" (by turn {', '.join(f'{rate:.0%}' for rate in part['by_turn'])})" if len(part["by_turn"]) > 1 else ""
-        )
+    for kind, part in found["sets"].items():
+        turns = ", ".join(f"{rate:.0%}" for rate in part["by_turn"])
         lines += [
-            f"    {part['name']}, {part['requests']} requests: {part['hit_rate']['hash']:.1%} of "
-            f"{part['prompt_tokens']} prompt tokens found{by_turn};",
+            f"    {kind}: {part['requests']} requests, {part['name']}; {part['hit_rate']['hash']:.1%} of "
+            f"{part['prompt_tokens']} prompt tokens found" + (f" (by turn {turns});" if "," in turns else ";"),
             f"      computed {part['computed'][WITHOUT]} -> {part['computed']['hash']} tokens; "
             + ("same tokens" if part["same_tokens"] else "OTHER TOKENS"),
         ]
     lines.append(f"    hash and radix: {'the same hits' if found['same_hits'] else 'OTHER HITS'}")
     part = result["misses"]
     lines += [
-        f"  nothing to find ({part['requests']} prompts of {part['prompt']} tokens, outputs of {part['outputs']}): time "
-        f"over stage {WITHOUT} {part['ratio']['median']:.3f}x",
+        f"  nothing to find ({part['requests']} prompts of {part['prompt']} tokens, outputs of {part['outputs']}): "
+        f"time over stage {WITHOUT} {part['ratio']['median']:.3f}x",
         f"    ({part['ratio']['low']:.3f} to {part['ratio']['high']:.3f}, {part['ratio']['rounds']} rounds); "
         f"{bar_text(part, '<=')}",
     ]

@@ -49,7 +49,9 @@ def idle_lines(record: dict[str, Any]) -> list[str]:
         if not isinstance(case, dict) or "wall_us" not in case:
             continue
         setting, batch = name.split(", ")
-        line = f"{setting}, batch of {batch}: {case['wall_us']:,.0f} µs a step, the host works {case['host_us']:,.0f} µs"
+        line = (
+            f"{setting}, batch of {batch}: {case['wall_us']:,.0f} µs a step, the host works {case['host_us']:,.0f} µs"
+        )
         if case.get("device_us") is not None and case.get("idle") is not None:
             line += f", the device {case['device_us']:,.0f} µs: idle {case['idle']:.1%}"
         lines.append(line)

@@ -131,8 +131,11 @@ def trace_of(llm: LLM) -> Trace:
     return llm.trace
 
 
-def run(llm: LLM, workload: Workload, told: Callable[[int], object] | None = None) -> Run:
-    """Run the workload to its end, each request added when it is due. `told` gets the tokens of each step."""
+def run(llm: LLM, workload: Workload, told: Callable[[int], object] | None = None, salt: str | None = None) -> Run:
+    """Run the workload to its end, each request added when it is due. `told` gets the tokens of each step.
+
+    K/V of runs before are found again only by a run with the same `salt`; without one a run has its own.
+    """
     trace = llm.trace = Trace({**trace_of(llm).meta, "workload": workload.name}, llm.tokenizer)
     llm.engine.recorder = trace
     due = workload.after or (0,) * len(workload.prompts)
@@ -144,6 +147,8 @@ def run(llm: LLM, workload: Workload, told: Callable[[int], object] | None = Non
         while coming and (coming[0][0] <= given or not llm.engine.has_unfinished()):
             _, prompt, params = coming.popleft()
             ids.append(llm.engine.add_request(list(prompt), params))
+            for sample in range(params.n):
+                llm.engine.requests[ids[-1] + sample].cache_salt = f"run {ids[0]}" if salt is None else salt
         outputs |= {output.request_id: output for output in llm.engine.step()}
         came = sum(token >= 0 for record in trace.steps[seen:] for token in record.token_ids)
         given, seen = given + came, len(trace.steps)  # of a pipelined engine, a step's record comes one step later
@@ -161,12 +166,16 @@ def run_counted(llm: LLM, workload: Workload) -> Run:
 
 
 def run_chats(llm: LLM, chats: Chats, told: Callable[[int], object] | None = None) -> list[Run]:
-    """Run conversations turn by turn, every turn on what the one before it answered; one run per turn."""
+    """Run conversations turn by turn, every turn on what the one before it answered; one run per turn.
+
+    The trace of a later turn alone cannot be replayed where it finds blocks of the turns before it.
+    """
+    salt = f"chats before run {llm.engine.counters['steps']}"
     turns: list[Run] = []
     before: list[list[int]] = []
     for number in range(len(chats.said)):
         work = chats.turn(number, before)
-        turns.append(run(llm, work, told))
+        turns.append(run(llm, work, told, salt))
         before = [[*prompt, *ids] for prompt, ids in zip(work.prompts, turns[-1].token_ids, strict=True)]
     return turns
 

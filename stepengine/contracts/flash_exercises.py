@@ -137,7 +137,9 @@ def check_hbm_bytes(hbm_bytes: Callable[[int, int, int], int], kernel_bytes: Cou
     counted: list[int] = []
     promises = [
         Promise("one tile: everything moves once", by_hand((16, 16, 16), (8, 8, 16)), "q, k, v and the result"),
-        Promise("q_len = 1: one query reads all keys and values", by_hand((1, 1, 16), (1, 40, 16)), "nothing is read twice"),
+        Promise(
+            "q_len = 1: one query reads all keys and values", by_hand((1, 1, 16), (1, 40, 16)), "nothing is read twice"
+        ),
         Promise(
             "each tile of queries reads its keys again", by_hand((64, 64, 16), (64, 64, 32)), "how far do they see?"
         ),

@@ -46,7 +46,9 @@ def check_prefix_cache(make: Callable[[Limits], KVCache], block_size: int = 4) -
         prompt = device.prompt(3 * size)
         device.start(device.request(prompt))
         longer = device.request([*prompt, *device.prompt(size)])
-        found(device, longer, 3 * size, f"a request with a prompt of {3 * size} tokens runs, another goes on from there")
+        found(
+            device, longer, 3 * size, f"a request with a prompt of {3 * size} tokens runs, another goes on from there"
+        )
         device.start(longer)
         other = device.request([*prompt[: 2 * size], *device.prompt(size)])
         found(device, other, 2 * size, f"it shares {2 * size} tokens and then goes its own way")

@@ -207,7 +207,9 @@ def check_prefix_pool(make: Callable[[int], Any]) -> Report:
         Promise("what was sealed is found, by an equal key", finds, "compare what keys say, not which object they are"),
         Promise("it stays when nobody holds it, and can be shared again", keeps, "keep it apart from the free ones"),
         Promise("it is found only after its own beginning and salt", exactly, "compare tokens and the parent's entry"),
-        Promise("kept blocks give way only when no other is free, leaves first", room, "alloc takes the free ones first"),
+        Promise(
+            "kept blocks give way only when no other is free, leaves first", room, "alloc takes the free ones first"
+        ),
         Promise("equal contents side by side are right, and kept once", equal, "who holds them may end in any order"),
         Promise("in any order, what is found holds what was asked for", any_order, "replay the calls"),
     ]

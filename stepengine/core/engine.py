@@ -88,7 +88,7 @@ class Engine:
 
     # -- requests ---------------------------------------------------------------------------------
 
-    def check(self, prompt_ids: Sequence[int], params: SamplingParams, priority: int = 0) -> None:
+    def check(self, prompt_ids: Sequence[int], params: SamplingParams, priority: int = 0, cache_salt: str = "") -> None:
         """Raise `InvalidRequest` if this request could never run; changes nothing."""
         limit = self.limits.max_model_len
         if not isinstance(params, SamplingParams):
@@ -121,14 +121,25 @@ class Engine:
             )
         if not isinstance(priority, int) or isinstance(priority, bool):
             raise InvalidRequest(f"priority is {priority!r}; it must be a whole number (a lower one goes first).")
+        if not isinstance(cache_salt, str):
+            raise InvalidRequest(f"cache_salt is {cache_salt!r}; it must be a text, and '' for none.")
         bad = [token for token in params.stop_token_ids if token >= self._vocab_size]
         if bad:
             raise InvalidRequest(f"stop_token_ids holds {bad[0]}; the vocabulary has ids 0 to {self._vocab_size - 1}.")
 
-    def add_request(self, prompt_ids: Sequence[int], params: SamplingParams | None = None, priority: int = 0) -> int:
-        """Queue a prompt of token ids; the id of its output. A lower `priority` goes first."""
+    def add_request(
+        self,
+        prompt_ids: Sequence[int],
+        params: SamplingParams | None = None,
+        priority: int = 0,
+        cache_salt: str = "",
+    ) -> int:
+        """Queue a prompt of token ids; the id of its output. A lower `priority` goes first.
+
+        From stage 4 K/V are found again only by requests with the same `cache_salt`.
+        """
         params = SamplingParams() if params is None else params
-        self.check(prompt_ids, params, priority)
+        self.check(prompt_ids, params, priority, cache_salt)
         group, now = self._next_id, self.clock()
         seed = noise_key(self._seed, group) if params.seed is None else params.seed
         with interrupts_held():
@@ -136,7 +147,9 @@ class Engine:
             self._groups[group] = []
             for sample in range(params.n):
                 key = noise_key(seed, sample)
-                self.scheduler.add(self._admit(group + sample, prompt_ids, params, priority, group, sample, key, now))
+                request = self._admit(group + sample, prompt_ids, params, priority, group, sample, key, now)
+                request.cache_salt = cache_salt
+                self.scheduler.add(request)
         return group
 
     def _admit(
@@ -210,6 +223,7 @@ class Engine:
             self._groups[child_id] = []
             prompt, now = parent.prompt_ids, self.clock()
             child = self._admit(child_id, prompt, params, parent.priority, child_id, 0, key, now)
+            child.cache_salt = parent.cache_salt
             for token in parent.output_ids:
                 child.token_ids.append(token)
                 if child.text is not None:

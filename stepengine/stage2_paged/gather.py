@@ -1,5 +1,7 @@
 """Which blocks a decode step copies side by side on a CPU, and in what groups: decided once a step, for all layers."""
 
+from collections.abc import Sequence
+from itertools import accumulate
 from typing import NamedTuple
 
 import torch
@@ -22,20 +24,26 @@ class Group(NamedTuple):
 class Gather(NamedTuple):
     """The groups of a decode step. Rows are taken in order of length, longest first, so a group pads little."""
 
-    order: Tensor  # [B]
-    back: Tensor  # [B], its inverse
+    order: Tensor  # [B], the token of each row
+    back: Tensor  # [B], its inverse, where the batch is single tokens only
     groups: list[Group]
 
 
-def plan_gather(batch: Batch, pool: KVPool, dtype: torch.dtype) -> Gather:
-    """Groups of rows of about equal length for a batch of single tokens; masks are of `dtype`."""
-    lengths = torch.tensor(batch.starts) + 1
-    order = lengths.argsort(descending=True)
+def plan_gather(batch: Batch, pool: KVPool, dtype: torch.dtype, rows: Sequence[int] | None = None) -> Gather:
+    """Groups of rows of about equal length for a batch of single tokens; masks are of `dtype`.
+
+    In a batch with longer chunks too, `rows` are those of a single token.
+    """
+    if rows is None:
+        rows = range(batch.num_rows)
+    ordered = sorted(rows, key=lambda row: batch.starts[row], reverse=True)
+    first = [0, *accumulate(batch.lengths)]
+    order = torch.tensor([first[row] for row in ordered])
     layer_bytes = pool.block_bytes // len(pool.layers)
     groups: list[list[int]] = []
     longest = padding = 0
-    for row in order.tolist():
-        blocks = -(-int(lengths[row]) // pool.block_size)
+    for row in ordered:
+        blocks = batch.starts[row] // pool.block_size + 1
         padding += (longest - blocks) * layer_bytes
         if not groups or padding > PADDING_BYTES:
             groups.append([])

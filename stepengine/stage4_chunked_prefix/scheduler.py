@@ -26,6 +26,7 @@ class BudgetScheduler:
     """
 
     batching = "continuous"  # noted in traces
+    chunks_prompts = True  # so that a step may be smaller than a prompt
 
     def __init__(
         self, limits: Limits, cache: PagingCache, pick_victim: Callable[[Sequence[Request]], Request] = youngest

@@ -244,7 +244,7 @@ def hbm_traffic(
     most = max(set(high) & set(low), default=0)
     if not most:
         raise InvalidSetting(f"{first} and {last} have no number of tokens in common; count both at the same ones.")
-    rings = checked or {}
+    rings = {name: points for name, points in (checked or {}).items() if points}
     note = " · rings: loads and stores of the kernels under Triton's interpreter" if rings else ""
     figure = new_figure(
         f"At {most:,} tokens, {first} moves {high[most] / low[most]:.1f} times the bytes of {last}",
