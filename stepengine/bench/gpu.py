@@ -19,7 +19,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from stepengine.bench import gpu_engine, gpu_kernels, gpu_peers
+from stepengine.bench import gpu_engine, gpu_kernels, gpu_peers, gpu_serving
 from stepengine.bench.gpu_report import bars, table
 from stepengine.bench.gpu_setup import SHAPE, Setup, stage_names
 from stepengine.bench.gpu_worker import Part, execute, write
@@ -51,25 +51,32 @@ def fingerprint(setup: Setup) -> Iterator[tuple[str, Any]]:
         yield "nvidia_smi", dict(zip(asked, said.splitlines()[0].split(", "), strict=False))
 
 
+MAIN = "3"  # the stage whose attention, graphs and pipelining the bars of decode and throughput are for
+
+
 def parts() -> list[Part]:
     """All parts in the order in which they run: what bars hang on first, the slow early stages last."""
-    newest, *older = reversed(stage_names(2))
+    whole = [name for name in reversed(stage_names()) if name[-1].isdigit() or name < "2"]  # 4, not its halves
+    later = [name for name in whole if name > MAIN]
+    older = [name for name in whole if "2" <= name < MAIN]
     return [
         Part("ceilings", gpu_kernels.ceilings, 15, 40),
         Part("correctness", gpu_engine.correctness, 30, 120),
         Part("prefill", gpu_kernels.prefill, 15, 45),
         Part("decode", gpu_kernels.decode, 15, 75),
-        *_of("batch1", gpu_engine.alone, [newest, *older], 10, 45),
+        *_of("batch1", gpu_engine.alone, [MAIN, *older], 10, 45),
         Part("batch1/transformers", partial(gpu_peers.alone, compiled=False), 15, 45),
-        *_of("throughput", gpu_engine.throughput, [newest], 40, 110),
+        *_of("throughput", gpu_engine.throughput, [MAIN], 40, 110),
         Part("throughput/generate_batch", gpu_peers.generate_batch, 40, 75),
-        *_of("idle", gpu_engine.idle, [newest], 15, 60),
+        *_of("idle", gpu_engine.idle, [MAIN], 15, 60),
+        Part("chunked", gpu_serving.chunked, 20, 60),
+        Part("prefix", gpu_serving.prefix, 10, 40),
         Part("traces", gpu_engine.traces, 15, 45),
-        *_of("throughput", gpu_engine.throughput, older, 40, 75),
+        *_of("throughput", gpu_engine.throughput, [*later, *older], 40, 75),
         Part("throughput/generate", gpu_peers.generate_batched, 30, 60),
         *_of("idle", gpu_engine.idle, older, 15, 40),
         Part("batch1/compiled", partial(gpu_peers.alone, compiled=True), 45, 100),
-        *_of("throughput", gpu_engine.throughput, [name for name in reversed(stage_names()) if name < "2"], 20, 45),
+        *_of("throughput", gpu_engine.throughput, [name for name in whole if name < "2"], 20, 45),
         Part("throughput/vllm", gpu_peers.vllm, 3, 120),
     ]
 

@@ -21,7 +21,7 @@ def at(found: Any, *names: str) -> Any:
 
 
 def bars(record: Record) -> list[dict[str, Any]]:
-    """Each bar of stage 3: what was measured, what must be, what would be better still; `met` is None if not measured.
+    """Each bar of stages 3 and 4: measured, required, and what would be better still; `met` is None if not measured.
 
     They were set for an H200. Where several settings of the engine were measured, the best counts. A smoke
     run has none.
@@ -74,6 +74,30 @@ def _values(record: Record) -> Iterator[tuple[str, float | None, str, float, flo
     yield "GPU idle at batch 256", at_256, "<=", 0.02, None
     yield "GPU idle at batch 1", _best(idle, ", 1", "idle", min), "<=", 0.05, None
     yield "host us a step at batch 256, if idle counts", _host(idle, at_256), "<=", 300, 100
+    yield from _serving(record)
+
+
+def _serving(record: Record) -> Iterator[tuple[str, float | None, str, float, float | None]]:
+    found = results(record, "chunked")
+    first = at(found, "prefill first", "itl_ms", "p99")
+    arms = [entry for name, entry in found.items() if name.startswith("budget") and at(entry, "itl_ms")]
+    best = min(arms, key=lambda entry: entry["itl_ms"]["p99"]) if arms else None
+    gap = at(best, "itl_ms", "p99")
+    yield "P99 gap, prefill first over chunks", first / gap if first and gap else None, ">=", 10, None
+    yield "P99 gap of chunks over their P50", gap / best["itl_ms"]["p50"] if best and gap else None, "<=", 1.5, None
+    speed = at(found, "prefill first", "tokens_per_s")
+    yield (
+        "tokens/s of those chunks over prefill first",
+        best["tokens_per_s"] / speed if best and speed else None,
+        (">="),
+        0.97,
+        None,
+    )
+    hits = results(record, "prefix")
+    yield "first token on a hit of 4096, times sooner", at(hits, "4096", "gain"), ">=", 12, None
+    yield "first token on a hit of 1024, times sooner", at(hits, "1024", "gain"), ">=", 4.5, None
+    misses = [at(entry, "miss") for entry in hits.values() if at(entry, "miss")]
+    yield "time with nothing to find, over not looking", max(misses) if misses else None, "<=", 1.01, None
 
 
 def _best(found: Mapping[str, Any], end: str, key: str, choose: Callable[..., float]) -> float | None:
@@ -163,5 +187,14 @@ def _finding(part: str, found: Mapping[str, Any]) -> Iterator[str]:
             if at(entry, "wall_us"):
                 share = "-" if entry["idle"] is None else f"{entry['idle']:.0%}"
                 yield f"{name}: {_number(entry['wall_us'])} us, host {_number(entry['host_us'])}, idle {share}"
+    elif group == "chunked":
+        for name, entry in found.items():
+            if at(entry, "itl_ms"):
+                gaps = entry["itl_ms"]
+                yield f"{name}: gap P50 {_number(gaps['p50'])}, P99 {_number(gaps['p99'])} ms"
+    elif group == "prefix":
+        for name, entry in found.items():
+            if at(entry, "gain"):
+                yield f"{name}: hit {_number(entry['gain'])}x sooner, miss {_number(entry['miss'])}x"
     elif group == "traces":
         yield f"{sum('file' in entry for entry in found.values())} files"
