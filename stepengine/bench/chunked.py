@@ -123,7 +123,8 @@ def text(result: dict[str, Any]) -> str:
         f"  {work['name']}, each with a short request behind it; "
         + ("same tokens" if result["same_tokens"] else "OTHER TOKENS"),
         f"  gaps between tokens of the running requests: P99 {itl['ratio']:.1f}x lower; bar >= {itl['bar']:g}x "
-        f"{_met(itl)} (by round {ratio_text(result['itl_by_round'])})",
+        f"{_met(itl)}",
+        f"    by round {ratio_text(result['itl_by_round'])}",
         f"  tokens/s {speed['tokens_per_s'][FIRST]:.1f} -> {speed['tokens_per_s'][CHUNKS]:.1f}, "
         f"{ratio_text(speed['ratio'])}; bar >= {speed['bar']:g}x {_met(speed)}",
     ]

@@ -19,7 +19,7 @@ SLOTS = 4  # requests of MAX_MODEL_LEN tokens for which every stage has K/V memo
 PLACES = 32  # requests that may run at once from stage 2 on, if that memory holds them
 MAX_MODEL_LEN = 128  # no set below asks for more
 ROUNDS = 3  # of runs whose medians are shown; the fast form makes one
-PATIENCE_S = 120.0  # on a machine so slow or busy that this much has passed, no further round begins
+PATIENCE_S = 150.0  # on a machine so slow or busy that this much has passed, no further round begins
 
 
 def run(
@@ -107,15 +107,15 @@ class _Climb:
         metric = METRICS.get(stage.name, SPEED)
         before = metric.against if metric.against in self.climbed else list(self.climbed)[-1]
         other, run_before = self.climbed[before]
-        pairs, own = [(run_before, middle)], None
+        pairs, own, arms = [(run_before, middle)], None, (other, llm)
         if metric.own_set is not None:
             own = metric.own_set(self.ids, self.fast)
-            arms = self._own_engines(metric, before, stage.name) if metric.settings else (other, llm)
+            arms = self._own_engines(metric, before, stage.name) if metric.settings else arms
             pairs = list(self._rounds(lambda: tuple(self._run(arm, own, "own set") for arm in arms)))
         speed = Ratio.of([after.tokens_per_s / first.tokens_per_s for first, after in pairs])
         first, after = sorted(pairs, key=lambda pair: pair[1].tokens_per_s / pair[0].tokens_per_s)[len(pairs) // 2]
         if metric.counted:
-            pairs = [tuple(runs.run_counted(arm, after.workload) for arm in (other, llm))]
+            pairs = [tuple(runs.run_counted(arm, after.workload) for arm in arms)]
         values = [
             {
                 "name": number.name,

@@ -38,13 +38,13 @@ class Metric:
 def common_set(ids: Any, fast: bool) -> Workload:
     """The requests that all stages run; in the fast form, stage 0 computes fewer than 12,000 tokens on them."""
     if fast:
-        return workloads.uniform(ids, seed=1, count=8, prompt=(24, 48), output=(8, 32))
+        return workloads.uniform(ids, seed=1, count=6, prompt=(24, 48), output=(8, 32))
     return workloads.uniform(ids, seed=1, count=16, prompt=(32, 64), output=(16, 48))
 
 
 def uneven_set(ids: Any, fast: bool) -> Workload:
     """Short prompts and outputs of very different lengths, which is what static batching is bad at."""
-    return workloads.exponential(ids, seed=2, count=12 if fast else 24, prompt=(8, 24), mean=20, most=96)
+    return workloads.exponential(ids, seed=2, count=8 if fast else 24, prompt=(8, 24), mean=20, most=96)
 
 
 def long_tailed_set(ids: Any, fast: bool) -> Workload:
@@ -53,23 +53,25 @@ def long_tailed_set(ids: Any, fast: bool) -> Workload:
 
 
 def prompts_set(ids: Any, fast: bool) -> Workload:
-    """Prompts nearly as long as a slot and short answers: scores grow with the square of a prompt."""
-    return workloads.uniform(ids, seed=4, count=4 if fast else 8, prompt=(96, 120), output=(4, 4))
+    """Long prompts and short answers: scores grow with the square of a prompt."""
+    long = LONG[fast]
+    return workloads.uniform(ids, seed=4, count=2, prompt=(long - 32, long), output=(4, 4))
 
 
-LONG = {False: 384, True: 192}  # tokens of a long prompt below; fast: True
+LONG = {False: 448, True: 224}  # tokens of a long prompt; fast: True
 BUDGET = 64  # tokens a step of the stages that chunk
 
 
 def interrupted_set(ids: Any, fast: bool) -> Workload:
     """Decodes on which long prompts come in."""
-    return workloads.long_arrivals(ids, 5, running=3, outputs=32 if fast else 48, long=LONG[fast], count=2)
+    runs_on = {"outputs": 16, "count": 1} if fast else {"outputs": 48, "count": 2}
+    return workloads.long_arrivals(ids, 5, running=3, long=LONG[fast], **runs_on)
 
 
 def interrupted_again_set(ids: Any, fast: bool) -> Workload:
     """The same, but that the long prompts begin alike."""
     long = LONG[fast]
-    return workloads.long_arrivals(ids, 5, running=3, outputs=32 if fast else 48, long=long, count=2, shared=long - 32)
+    return workloads.long_arrivals(ids, 5, running=3, outputs=24 if fast else 48, long=long, count=2, shared=long - 32)
 
 
 def few_shot_set(ids: Any, fast: bool) -> Workload:
@@ -78,7 +80,7 @@ def few_shot_set(ids: Any, fast: bool) -> Workload:
 
 
 def _room(stage: str, fast: bool) -> dict[str, Any]:
-    """Engines for the interrupted sets."""
+    """Engines for sets with long prompts."""
     chunks = {"max_num_batched_tokens": BUDGET} if stage in ("4a", "4") else {}
     return {"slots": 4, "max_model_len": LONG[fast] + 64, "places": 8, **chunks}
 
@@ -114,6 +116,7 @@ METRICS = {
         ),
         prompts_set,
         counted=True,
+        settings=_room,
     ),
     "4a": Metric(
         (_WORST_GAP, Number("its p50", "ms", "lower", _waited("p50"))),

@@ -251,8 +251,9 @@ def text(result: dict[str, Any]) -> str:
     )
     for kind, part in found["sets"].items():
         turns = ", ".join(f"{rate:.0%}" for rate in part["by_turn"])
+        label = part["name"] if part["name"].startswith(kind) else f"{kind}, outputs {part['name']}"
         lines += [
-            f"    {kind}: {part['requests']} requests, {part['name']}; {part['hit_rate']['hash']:.1%} of "
+            f"    {label}: {part['requests']} requests, {part['hit_rate']['hash']:.1%} of "
             f"{part['prompt_tokens']} prompt tokens found" + (f" (by turn {turns});" if "," in turns else ";"),
             f"      computed {part['computed'][WITHOUT]} -> {part['computed']['hash']} tokens; "
             + ("same tokens" if part["same_tokens"] else "OTHER TOKENS"),

@@ -78,7 +78,8 @@ def _gain(metric: Mapping[str, Any]) -> str:
     text = f"{metric['name']}: {_number(before)} -> {_number(after)}{unit}"
     if before and after and before != after:
         ratio = max(before, after) / min(before, after)
-        text += f", {ratio:.1f} times {'more' if after > before else 'fewer'}" if ratio >= 1.05 else ", about the same"
+        more, fewer = ("higher", "lower") if unit else ("more", "fewer")
+        text += f", {ratio:.1f} times {more if after > before else fewer}" if ratio >= 1.05 else ", about the same"
     return text
 
 

@@ -182,7 +182,8 @@ def long_arrivals(
     each = running * outputs // (count + 1)
     after = [0] * running + [each * turn for turn in range(1, count + 1) for _ in range(2)]
     outs = tuple(outputs if kind == "running" else own for kind in kinds)
-    name = f"{running} decodes, then {count} prompts of {long}" + (f", {shared} the same" if shared else "")
+    name = f"{running} decodes, then {count} prompt{'s' if count > 1 else ''} of {long}"
+    name += f", {shared} the same" if shared else ""
     return Workload(name, prompts, outs, seed, after=tuple(after), kinds=tuple(kinds))
 
 

@@ -6,8 +6,10 @@ from typing import Any
 
 import torch
 
+from stepengine.contracts.chunk_exercises import check_decode_last, check_mix
 from stepengine.contracts.graph_exercises import check_bucket, check_idle_fraction
 from stepengine.contracts.paged_exercises import check_copies, check_pick_victim, check_slot
+from stepengine.contracts.prefix_exercises import check_hit_tokens
 from stepengine.contracts.report import Promise, Report, expect, run_promises
 from stepengine.core.kv_pool import KVPool
 from stepengine.core.request import Request, SamplingParams
@@ -19,9 +21,12 @@ __all__ = [
     "check_bucket",
     "check_continuous_steps",
     "check_copies",
+    "check_decode_last",
     "check_greedy_generate",
+    "check_hit_tokens",
     "check_idle_fraction",
     "check_kv_bytes_per_token",
+    "check_mix",
     "check_my_cache",
     "check_pick_victim",
     "check_slot",

@@ -92,10 +92,15 @@ class Pages:
 
 
 class Memory(NamedTuple):
-    """Blocks of `PAGE` tokens to run a case in, and what becomes of whoever is preempted."""
+    """Blocks of `PAGE` tokens to run a case in, and what becomes of whoever is preempted.
+
+    budget: tokens of one step, and most: of one chunk, for a scheduler that cuts prompts; 0: a prompt fits.
+    """
 
     num_blocks: int
     num_host_blocks: int = 0
+    budget: int = 0
+    most: int = 0
 
     @property
     def preemption(self) -> str:
@@ -133,10 +138,12 @@ class Run:
             self.cache = Places(self.limits)
         else:
             swaps = (memory.preemption, memory.num_host_blocks)
-            self.limits = Limits(places, max(longest, 64), longest, PAGE, memory.num_blocks, *swaps)
+            budget = memory.budget or max(longest, 64)
+            self.limits = Limits(places, budget, longest, PAGE, memory.num_blocks, *swaps, memory.most)
             self.cache = Pages(self.limits)
             priorities = f", priorities {[job.priority for job in jobs]}" if any(job.priority for job in jobs) else ""
             self.case = f"{memory.num_blocks} blocks of {PAGE} tokens, {self.case}{priorities}, {memory.preemption}"
+            self.case += f", {memory.budget} tokens a step" if memory.budget else ""
         self.scheduler = make(self.limits, self.cache)
         self.jobs = jobs
         self.requests: dict[int, Request] = {}
@@ -151,6 +158,8 @@ class Run:
         self.too_good: list[str] = []  # who gave way to a request of lower priority
         self.heads: list[str] = []  # who gave way although first in line
         self.needless: list[str] = []  # who gave way although everybody found room
+        self.stalled: list[str] = []  # who decodes and had to wait
+        self.slack: list[str] = []  # steps that left tokens of the budget to nobody while a prompt waited for them
 
     def add(self, number: int) -> None:
         job = self.jobs[number]
@@ -163,6 +172,7 @@ class Run:
     def step(self) -> StepPlan:
         before = {number: request.scheduled for number, request in self.requests.items()}
         ran = [request for request in self.requests.values() if request.state is State.RUNNING]
+        decoding = [request for request in ran if request.due == 1]
         if isinstance(self.cache, Pages):
             self.cache.refused = False
         plan = self.scheduler.plan()
@@ -187,6 +197,7 @@ class Run:
             if chunk.request not in self.started:
                 self.started.append(chunk.request)
         live = [request for request in self.requests.values() if request.state is State.RUNNING]
+        self.check_shares(plan, decoding, live)
         many = f"{self.case}: {len(live)} requests run in step {plan.step}"
         expect(len(live) <= self.limits.max_num_seqs, many)
         expect(plan.num_tokens <= self.limits.max_num_batched_tokens, f"{self.case}: {plan.num_tokens} tokens at once")
@@ -253,6 +264,19 @@ class Run:
                 others = sorted(other.id for other in stayed)
                 self.heads.append(f"{when}: request {request.id}, the first in line, gave way and {others} ran on")
 
+    def check_shares(self, plan: StepPlan, decoding: list[Request], live: list[Request]) -> None:
+        """Note who decodes and got no token, and tokens that a prompt could have had; call it before `update`."""
+        lengths = {chunk.request: chunk.length for chunk in plan.chunks}
+        when, told = f"{self.case}: step {plan.step}", f"runs {plan.num_tokens} tokens"
+        for request in decoding:
+            if request.state is State.RUNNING and request.id not in lengths:
+                self.stalled.append(f"{when} {told}, and none of request {request.id}, which decodes")
+        left = self.limits.max_num_batched_tokens - plan.num_tokens
+        most = self.limits.long_prefill_token_threshold or self.limits.max_num_batched_tokens
+        behind = [r.id for r in live if r.scheduled < r.num_tokens and lengths.get(r.id, 0) < most]
+        if left and behind:
+            self.slack.append(f"{when} {told} of {self.limits.max_num_batched_tokens}; request {behind[0]} has more")
+
     def check_storage(self, chunk: Chunk) -> None:
         """Store the chunk's K/V; everything before them must be where the block table says."""
         request, size = self.requests[chunk.request], self.limits.block_size
@@ -267,6 +291,9 @@ class Run:
 
     def to_end(self) -> "Run":
         limit = sum(job.output + 2 for job in self.jobs) + len(self.jobs) + max(job.arrives for job in self.jobs)
+        longest = max(job.prompt + job.output for job in self.jobs)
+        if min(self.limits.max_num_batched_tokens, self.limits.long_prefill_token_threshold or longest) < longest:
+            limit += sum(job.prompt + job.output for job in self.jobs) * len(self.jobs)  # prompts in pieces
         left = sorted(range(len(self.jobs)), key=lambda number: self.jobs[number].arrives)
         while left or not self.scheduler.idle():
             while left and (self.jobs[left[0]].arrives <= self.steps or self.scheduler.idle()):

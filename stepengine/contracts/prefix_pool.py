@@ -19,7 +19,7 @@ class BlockKey:
     def __init__(self, parent: "BlockKey | None", tokens: tuple[int, ...], salt: str = "") -> None:
         self.parent = parent
         self.tokens = tokens
-        self.salt = salt if parent is None else parent.salt
+        self.salt: str = salt if parent is None else parent.salt
         self.digest: int | None = None
         self.entry: Any = None
 
@@ -134,9 +134,10 @@ def play(make: Callable[[int], Any], steps: int) -> Sequences:
 
 
 def check_prefix_pool(make: Callable[[int], Any]) -> Report:
-    """Check a pool made by `make(num_blocks)`: a block pool (`check_block_pool`) with `find(key)` and `seal(block, key)`.
+    """Check a pool of blocks that can be found again, made by `make(num_blocks)`.
 
-    A key has `tokens` (of one block), `parent` (the key before it, or None) and `salt`. Never raises; see the report.
+    It is a block pool (`check_block_pool`) with `find(key)` and `seal(block, key)`. A key has `tokens` (of one block),
+    `parent` (the key before it, or None) and `salt`. Never raises; see the report.
     """
     name = f"Prefix pool {getattr(make, '__name__', make)}"
 
@@ -338,9 +339,9 @@ def check_evictor(make: Callable[[], Any]) -> Report:
                 elif free and move < 0.6:
                     gone.add(tree.pick().block)
                 else:
-                    line, entry = [], rng.choice(tree.entries)
-                    while entry is not None:
-                        line, entry = [*line, entry.block], entry.parent
+                    line = [rng.randint(1, size)]
+                    while (above := tree.entries[line[-1] - 1].parent) is not None:
+                        line.append(above.block)
                     if not gone & set(line):
                         tree.take(*(block for block in reversed(line) if block in free))
                         lines.append(line)

@@ -47,13 +47,14 @@ def tight_cases() -> list[tuple[list[Job], int, int]]:
 
 
 def check_scheduler(
-    make: Callable[[Limits, Any], Scheduler], continuous: bool = True, preempts: bool = False
+    make: Callable[[Limits, Any], Scheduler], continuous: bool = True, preempts: bool = False, chunks: bool = False
 ) -> Report:
     """Check a scheduler, made by `make(limits, cache)`.
 
     continuous: also require that a place which falls free is taken in the very next step (static
     batching does not promise that). preempts: it gives its requests small blocks, and makes some give
-    way, by recompute or by swap, when the pool is too small for all. Never raises; see the report.
+    way, by recompute or by swap, when the pool is too small for all. chunks: it also cuts prompts into pieces that
+    fill up `limits.max_num_batched_tokens` beside the decodes. Never raises; see the report.
     """
 
     def case(jobs: list[Job], places: int) -> Run:
@@ -133,6 +134,8 @@ def check_scheduler(
         )
     if preempts:
         promises += _tight_promises(make)
+    if chunks:
+        promises += _chunk_promises(make)
     return run_promises(f"Scheduler {getattr(make, '__name__', make)}", promises)
 
 
@@ -200,4 +203,74 @@ def _tight_promises(make: Callable[[Limits, Any], Scheduler]) -> list[Promise]:
         Promise("with room on the host, whoever gives way is swapped", swaps, "ask cache.swap_out, then cache.swap_in"),
         Promise("with a full host it is recomputed", full_host, "swap_out answers None when the host is full"),
         Promise("an abort also ends who gave way", aborted, "look for it in the queue, and release what it holds"),
+    ]
+
+
+def _chunk_promises(make: Callable[[Limits, Any], Scheduler]) -> list[Promise]:
+    """Promises of a scheduler that gives each step a budget of tokens."""
+
+    def ample(jobs: list[Job], places: int, budget: int, most: int = 0) -> Run:
+        each = -(-max(job.prompt + job.output for job in jobs) // PAGE)
+        return Run(make, jobs, places, Memory((places + 1) * each + 1, 0, budget, most))
+
+    def cases() -> Iterator[Run]:
+        for jobs, places in _cases():
+            for budget in (places, places + 1, places + 3):
+                yield ample(jobs, places, budget)
+
+    def beside(budget: int, most: int = 0) -> list[int]:
+        """Chunks of a prompt of 1000 tokens that arrives while two requests decode."""
+        run = ample([Job(1, 12), Job(1, 12), Job(1000, 2, arrives=1)], 3, budget, most)
+        run.add(0)
+        run.add(1)
+        run.step()
+        run.add(2)
+        plans = [run.step() for _ in range(10)]
+        mine = [chunk.length for plan in plans for chunk in plan.chunks if chunk.request == 2]
+        return mine[:-1] if mine[-1:] == [1] else mine  # its own decode
+
+    def ends() -> None:
+        for run in cases():
+            run.to_end()
+
+    def schedule() -> None:
+        for budget, wanted in ((258, [256, 256, 256, 232]), (256, [254, 254, 254, 238])):
+            got = beside(budget)
+            expect(got == wanted, f"1000 tokens beside two decodes, {budget} tokens a step: chunks {got}, not {wanted}")
+
+    def limited() -> None:
+        got, wanted = beside(258, 200), [200] * 5
+        expect(got == wanted, f"1000 tokens beside two decodes, at most 200 of one prompt: chunks {got}, not {wanted}")
+        run = ample([Job(40, 2), Job(40, 2)], 2, 32, 10)
+        run.add(0)
+        run.add(1)
+        lengths = [chunk.length for chunk in run.step().chunks]
+        expect(lengths == [10, 10], f"{run.case}, at most 10 of one prompt: chunks {lengths}, not [10, 10]")
+
+    def decodes() -> None:
+        for run in cases():
+            run.to_end()
+            expect(not run.stalled, (run.stalled or [""])[0])
+
+    def filled() -> None:
+        for run in cases():
+            run.to_end()
+            expect(not run.slack, (run.slack or [""])[0])
+
+    def tight() -> None:
+        for jobs, places, blocks in tight_cases():
+            for budget in (places, places + 2):
+                for host in (0, 4 * blocks):
+                    run = Run(make, jobs, places, Memory(blocks, host, budget)).to_end()
+                    expect(not run.unfair, (run.unfair or [""])[0])
+                    expect(not run.too_good, (run.too_good or [""])[0])
+                    expect(not run.heads, (run.heads or [""])[0])
+
+    return [
+        Promise("prompts in pieces: all requests still end", ends, "a prompt goes on where its last chunk ended"),
+        Promise("a 1000-token prompt fills what two decodes leave", schedule, "decodes first, then min(due, left)"),
+        Promise("no chunk is above long_prefill_token_threshold", limited, "min(due, threshold, left)"),
+        Promise("whoever decodes has a token in every step", decodes, "keep one token back for each of them"),
+        Promise("no token of a step is left over while a prompt could have it", filled, "go on until the budget is 0"),
+        Promise("in mid-prompt too, the right one gives way and all end", tight, "grant blocks in the order of the line"),
     ]

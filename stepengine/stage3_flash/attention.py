@@ -103,7 +103,7 @@ class FlashAttention:
         return self._gathered(layer, q.index_select(0, gather.order), gather).index_select(0, gather.back)
 
     def _gathered(self, layer: int, q: Tensor, gather: Gather) -> Tensor:
-        """For each group one gather and one fused attention, a KV head's queries as its rows; q in the gather's order."""
+        """For each group one gather and one fused attention, a KV head's queries as its rows; q in their order."""
         heads, head_dim = self.num_kv_heads, q.shape[-1]
         stored = self.pool.layers[layer].view(-1, self.pool.block_size * head_dim)  # tile by tile
         out = torch.empty_like(q)

@@ -124,13 +124,11 @@ class PrefixBlockPool:
             raise StepEngineError(f"Block {block} has no references; only a block that is held can be sealed.")
         if self._entries[block] is not None:
             return True
-        entry = self.index.find(key)
-        if entry is None:
-            self._entries[block] = entry = self.index.add(key, block)
+        self._entries[block] = entry = self.index.add(key, block)
+        if entry is None or entry.block == block:
             return entry is not None
-        self._entries[block] = entry
         if self._refs[entry.block]:
-            entry.twins.append(block)
+            entry.twins = [*(entry.twins or ()), block]
         else:  # kept until now; one that is held takes its place
             self.evictor.taken(entry)
             self._kept -= 1
@@ -144,10 +142,10 @@ class PrefixBlockPool:
             self._kept += 1
             self.evictor.released(entry)
             return
-        if entry is not None and entry.block == block:
-            entry.block = entry.twins.pop()
-        elif entry is not None:
-            entry.twins.remove(block)
+        if entry is not None and entry.twins:
+            others = [entry.block, *entry.twins]
+            others.remove(block)
+            entry.block, *entry.twins = others
         self._forget(block)
 
     def _forget(self, block: int) -> None:
@@ -192,12 +190,12 @@ class PrefixBlockPool:
 def prefix_pool(
     prefix_index: str | Callable[[], PrefixIndex] | None = None, evictor: Callable[[], Evictor] | None = None
 ) -> Callable[[int], PrefixBlockPool]:
-    """What makes a pool with these parts: "hash" (the default), "radix" or a class of one's own. Raises `InvalidSetting`."""
+    """What makes a pool with these parts; an index is "hash" (the default), "radix" or a class. `InvalidSetting`."""
     named = {None: HashPrefixIndex, "hash": HashPrefixIndex, "radix": RadixPrefixIndex}
     make = named.get(prefix_index) if prefix_index is None or isinstance(prefix_index, str) else prefix_index
     if not callable(make):
         raise InvalidSetting(
-            f"prefix_index is {prefix_index!r}; it must be 'hash', 'radix', or a class or a function that makes an index."
+            f"prefix_index is {prefix_index!r}; it must be 'hash', 'radix', or a class or a function that makes one."
         )
     if evictor is not None and not callable(evictor):
         raise InvalidSetting(f"evictor is {evictor!r}; it must be a class or a function that makes the part.")

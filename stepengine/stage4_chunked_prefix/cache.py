@@ -10,16 +10,6 @@ from stepengine.stage4_chunked_prefix.block_pool import PrefixBlockPool
 from stepengine.stage4_chunked_prefix.prefix_index import Key
 
 
-class _Chain:
-    """The keys of a request's full blocks as far as they were asked for, and how many of its blocks are sealed."""
-
-    __slots__ = ("keys", "sealed")
-
-    def __init__(self, keys: list[Key] | None = None, sealed: int = 0) -> None:
-        self.keys = keys or []
-        self.sealed = sealed
-
-
 class PrefixCache:
     """Paged K/V whose full blocks are found again by any request that begins with the same tokens.
 
@@ -47,7 +37,8 @@ class PrefixCache:
         self.free_slots = list(range(limits.num_host_blocks - 1, -1, -1))
         self.hosted: dict[int, list[int]] = {}  # request id -> host slots
         self.samples: dict[int, list[Request]] = {}  # group -> those of its requests that hold blocks
-        self.chains: WeakKeyDictionary[Request, _Chain] = WeakKeyDictionary()  # outlive a preemption
+        self.keys: WeakKeyDictionary[Request, list[Key]] = WeakKeyDictionary()  # of its full blocks, made once
+        self.sealed: dict[int, int] = {}  # request id -> how many of its blocks are sealed
         self.evicted: list[int] = []  # not yet told of in a grant
 
     @property
@@ -86,11 +77,13 @@ class PrefixCache:
 
     def commit(self, request: Request, upto: int) -> int:
         """All survive; blocks that are full now can be found from the next step on."""
-        chain = self._chain(request)
-        for at in range(chain.sealed, upto // self.block_size):
-            if not self.pool.seal(request.blocks[at], self._key(request, chain, at)):
-                break  # nor may any that continue it
-            chain.sealed = at + 1
+        first, full = self.sealed.get(request.id, 0), upto // self.block_size
+        if full > first:
+            keys = self._keys(request)
+            for at in range(first, full):
+                if not self.pool.seal(request.blocks[at], self._key(request, keys, at)):
+                    break  # nor may any that continue it
+                self.sealed[request.id] = at + 1
         return upto
 
     def release(self, request: Request) -> None:
@@ -103,8 +96,8 @@ class PrefixCache:
         self.pool.share(parent.blocks)
         child.blocks.extend(parent.blocks)
         self.samples.setdefault(child.group, []).append(child)
-        chain = self._chain(parent)
-        self.chains[child] = _Chain(list(chain.keys), chain.sealed)
+        self.keys[child] = list(self._keys(parent))
+        self.sealed[child.id] = self.sealed.get(parent.id, 0)
 
     def swap_out(self, request: Request) -> Swap | None:
         """Host slots for a request's blocks; a shared block goes too, and the others keep theirs."""
@@ -141,25 +134,25 @@ class PrefixCache:
 
     # -- what is found by its tokens ------------------------------------------------------------------
 
-    def _chain(self, request: Request) -> _Chain:
-        chain = self.chains.get(request)
-        if chain is None:
-            chain = self.chains[request] = _Chain()
-        return chain
+    def _keys(self, request: Request) -> list[Key]:
+        keys = self.keys.get(request)
+        if keys is None:
+            keys = self.keys[request] = []
+        return keys
 
-    def _key(self, request: Request, chain: _Chain, at: int) -> Key:
+    def _key(self, request: Request, keys: list[Key], at: int) -> Key:
         """The key of a request's block number `at`; those before it were asked for earlier."""
-        keys, size = chain.keys, self.block_size
         if at == len(keys):
+            size = self.block_size
             tokens = tuple(request.token_ids[at * size : (at + 1) * size])
             keys.append(Key(keys[-1] if keys else None, tokens, request.cache_salt))
         return keys[at]
 
     def _found(self, request: Request) -> list[int]:
         """Blocks that hold the beginning of a request, its last token left out."""
-        chain, blocks = self._chain(request), []
+        keys, blocks = self._keys(request), []
         for at in range((request.num_tokens - 1) // self.block_size):
-            block = self.pool.find(self._key(request, chain, at))
+            block = self.pool.find(self._key(request, keys, at))
             if block is None:
                 break
             blocks.append(block)
@@ -167,9 +160,8 @@ class PrefixCache:
 
     def _hits(self, request: Request) -> list[int]:
         """The blocks of what `match` told, which the scheduler took up as `request.computed`."""
-        chain, blocks, tokens = self._chain(request), self._found(request), request.computed
+        blocks, tokens = self._found(request), request.computed
         if tokens == len(blocks) * self.block_size:
-            chain.sealed = len(blocks)
             return blocks
         other = self._sharing(request)
         if other is None or tokens != self._shared_tokens(request):
@@ -177,9 +169,6 @@ class PrefixCache:
                 f"Request {request.id} is to start with {tokens} tokens found, and {self.match(request)} are; a "
                 f"scheduler must keep what match tells, and call grow before anything else is granted."
             )
-        whole, theirs = len(request.prompt_ids) // self.block_size, self._chain(other)
-        chain.keys = chain.keys if len(chain.keys) > whole else theirs.keys[:whole]
-        chain.sealed = min(theirs.sealed, whole)
         return other.blocks[: self._count(len(request.prompt_ids))]
 
     # -- what samples share ---------------------------------------------------------------------------
@@ -199,7 +188,7 @@ class PrefixCache:
 
     def _let_go(self, request: Request) -> None:
         request.blocks.clear()
-        self._chain(request).sealed = 0
+        self.sealed.pop(request.id, None)
         holders = self.samples.get(request.group, [])
         if request in holders:
             holders.remove(request)

@@ -1,4 +1,4 @@
-"""Stage 4: two ideas, each a change of one or two parts of stage 3: how a step is filled, which blocks are found again."""
+"""Stage 4: two ideas, each changing a part or two of stage 3: how a step is filled, which blocks are found again."""
 
 from dataclasses import replace
 

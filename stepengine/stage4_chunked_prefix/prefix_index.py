@@ -5,7 +5,7 @@ together with all that came before it, and both compare token ids before they sa
 """
 
 from collections.abc import Callable
-from typing import Protocol
+from typing import Any, Protocol
 from zlib import crc32
 
 Tokens = tuple[int, ...]
@@ -16,18 +16,21 @@ class Entry:
 
     There is one entry for the same tokens after the same beginning, however many blocks hold them:
     `block`, and the `twins` that others computed at the same time. `block` is 0 once it was removed.
-    `children` counts the entries that continue this one.
+    `children` counts the entries that continue this one. `place` is the index's own: where it is kept.
     """
 
-    __slots__ = ("block", "children", "parent", "salt", "tokens", "twins")
+    __slots__ = ("block", "children", "parent", "place", "salt", "tokens", "twins")
 
-    def __init__(self, block: int, parent: "Entry | None", tokens: Tokens, salt: str) -> None:
+    def __init__(self, block: int, parent: "Entry | None", tokens: Tokens, salt: str, place: Any) -> None:
         self.block = block
         self.parent = parent
         self.tokens = tokens
         self.salt = salt
-        self.twins: list[int] = []
+        self.place = place
+        self.twins: list[int] | None = None
         self.children = 0
+        if parent is not None:
+            parent.children += 1
 
 
 class Key:
@@ -48,132 +51,124 @@ class Key:
 
 
 class PrefixIndex(Protocol):
-    """Finds entries by key. What a prefix cache needs to know of one: an entry is never there without its parent."""
+    """Finds entries by key. No entry is ever there without its parent."""
 
     def find(self, key: Key) -> Entry | None:
         """The entry with exactly these tokens after exactly this beginning, or None."""
 
     def add(self, key: Key, block: int) -> Entry | None:
-        """A new entry for `block`, or None (and nothing changed) where its parent is missing or it has no place."""
+        """That entry, or else a new one for `block`; None where its parent is missing or it has no place."""
 
     def remove(self, entry: Entry) -> None:
         """Forget an entry that no other continues."""
 
 
-def resolve(key: Key, below: Callable[[Key, Entry | None], Entry | None]) -> Entry | None:
-    """The entry of `key`; `below(key, parent)` looks for it among those that continue `parent`.
+def find_below(key: Key, look: Callable[[Key], Entry | None]) -> Entry | None:
+    """The entry of `key`, by a `look` at each key from the nearest beginning whose entry is known and still there.
 
-    Starts at the nearest beginning whose entry is known and still there: as a rule the parent.
+    As a rule that is the parent, so there is one look. `look(key)` relies on the entry of `key.parent`.
     """
     entry = key.entry
     if entry is not None and entry.block:
         return entry
-    path = [key]
-    while (above := path[-1].parent) is not None and not (above.entry is not None and above.entry.block):
-        path.append(above)
-    for step in reversed(path):
-        step.entry = below(step, step.parent.entry if step.parent is not None else None)
-        if step.entry is None:
+    above = key.parent
+    if above is not None and (above.entry is None or not above.entry.block):
+        path: list[Key] = []
+        while above is not None and (above.entry is None or not above.entry.block):
+            path.append(above)
+            above = above.parent
+        if any(look(step) is None for step in reversed(path)):
             return None
-    return key.entry
-
-
-def chained(parent: int, tokens: Tokens) -> int:
-    """Hash of a block's tokens and of everything before them."""
-    return hash((parent, tokens))
+    return look(key)
 
 
 class HashPrefixIndex:
     """One table from chained hash to entry, as in vLLM: a lookup costs one hash of one block's tokens.
 
-    Two beginnings may have the same hash. The tokens are compared and the parent must be the one that
-    was found before, so by induction an entry is found only for its own beginning; a beginning whose
-    hash is taken has no place.
+    Two beginnings may have the same hash. So tokens are compared, and the parent must be the one that
+    was found before: by induction an entry is found only for its own beginning. A beginning whose hash
+    is taken has no place. `digest` hashes the pair (hash of what came before, tokens).
     """
 
-    def __init__(self, digest: Callable[[int, Tokens], int] = chained) -> None:
+    def __init__(self, digest: Callable[[tuple[int, Tokens]], int] = hash) -> None:
         self._digest = digest
         self._table: dict[int, Entry] = {}
-        self._digests: dict[Entry, int] = {}
 
     def find(self, key: Key) -> Entry | None:
-        return resolve(key, self._below)
+        return find_below(key, self._look)
 
-    def _below(self, key: Key, parent: Entry | None) -> Entry | None:
-        entry = self._table.get(self._hash(key))
-        if entry is None or entry.parent is not parent or entry.tokens != key.tokens or entry.salt != key.salt:
-            return None
+    def _look(self, key: Key) -> Entry | None:
+        parent, digest = key.parent, key.digest
+        if digest is None:
+            before = crc32(key.salt.encode()) if parent is None else parent.digest
+            assert before is not None  # a parent was looked up first
+            digest = key.digest = self._digest((before, key.tokens))
+        entry = self._table.get(digest)
+        if entry is not None:
+            above = parent.entry if parent is not None else None
+            if entry.parent is not above or entry.tokens != key.tokens or entry.salt != key.salt:
+                entry = None
+        key.entry = entry
         return entry
 
-    def _hash(self, key: Key) -> int:
-        path = [key]
-        while path[-1].digest is None and (above := path[-1].parent) is not None:
-            path.append(above)
-        for step in reversed(path):
-            if step.digest is None:
-                before = crc32(step.salt.encode()) if step.parent is None else step.parent.digest
-                assert before is not None
-                step.digest = self._digest(before, step.tokens)
-        assert key.digest is not None
-        return key.digest
-
     def add(self, key: Key, block: int) -> Entry | None:
-        parent = self.find(key.parent) if key.parent is not None else None
-        digest = self._hash(key)
-        if digest in self._table or (key.parent is not None and parent is None):
+        parent = key.parent
+        if parent is not None and self.find(parent) is None:
             return None
-        entry = key.entry = self._table[digest] = Entry(block, parent, key.tokens, key.salt)
-        self._digests[entry] = digest
-        if parent is not None:
-            parent.children += 1
+        entry = self._look(key)
+        if entry is None and key.digest not in self._table:
+            above = parent.entry if parent is not None else None
+            entry = key.entry = self._table[key.digest] = Entry(block, above, key.tokens, key.salt, key.digest)
         return entry
 
     def remove(self, entry: Entry) -> None:
-        del self._table[self._digests.pop(entry)]
+        del self._table[entry.place]
         entry.block = 0
         if entry.parent is not None:
             entry.parent.children -= 1
 
 
 class RadixPrefixIndex:
-    """A radix tree over tokens, as in SGLang: each entry knows the entries that continue it by their tokens.
+    """A radix tree over tokens, as in SGLang: an entry knows by their tokens the entries that continue it.
 
-    An edge is one block of tokens, for that is what can be shared and evicted; so there are no hashes
-    of whole beginnings, and none that could collide. (SGLang joins edges that do not branch.)
+    An edge is one block of tokens, for that is what can be shared and evicted. So nothing is hashed but
+    the block's own tokens, and no two beginnings can collide. (SGLang joins edges that do not branch.)
     """
 
     def __init__(self) -> None:
-        self._first: dict[tuple[str, Tokens], Entry] = {}
-        self._next: dict[Entry, dict[Tokens, Entry]] = {}
+        self._first: dict[str, dict[Tokens, Entry]] = {}  # by salt
 
     def find(self, key: Key) -> Entry | None:
-        return resolve(key, self._below)
+        return find_below(key, self._look)
 
-    def _below(self, key: Key, parent: Entry | None) -> Entry | None:
-        if parent is None:
-            return self._first.get((key.salt, key.tokens))
-        edges = self._next.get(parent)
-        return edges.get(key.tokens) if edges is not None else None
+    def _look(self, key: Key) -> Entry | None:
+        parent = key.parent
+        edges = self._first.get(key.salt) if parent is None else parent.entry.place  # type: ignore[union-attr]
+        entry: Entry | None = edges.get(key.tokens) if edges else None
+        key.entry = entry
+        return entry
 
     def add(self, key: Key, block: int) -> Entry | None:
-        parent = self.find(key.parent) if key.parent is not None else None
-        if self._below(key, parent) is not None or (key.parent is not None and parent is None):
+        parent = key.parent
+        if parent is not None and self.find(parent) is None:
             return None
-        entry = key.entry = Entry(block, parent, key.tokens, key.salt)
-        if parent is None:
-            self._first[key.salt, key.tokens] = entry
-        else:
-            self._next.setdefault(parent, {})[key.tokens] = entry
-            parent.children += 1
+        entry = self._look(key)
+        if entry is None:
+            above = parent.entry if parent is not None else None
+            entry = key.entry = Entry(block, above, key.tokens, key.salt, None)
+            if above is None:
+                self._first.setdefault(key.salt, {})[key.tokens] = entry
+            else:
+                above.place = above.place or {}
+                above.place[key.tokens] = entry
         return entry
 
     def remove(self, entry: Entry) -> None:
-        parent = entry.parent
         entry.block = 0
-        if parent is None:
-            del self._first[entry.salt, entry.tokens]
+        if entry.parent is not None:
+            entry.parent.children -= 1
+            del entry.parent.place[entry.tokens]
             return
-        parent.children -= 1
-        del self._next[parent][entry.tokens]
-        if not self._next[parent]:
-            del self._next[parent]
+        del self._first[entry.salt][entry.tokens]
+        if not self._first[entry.salt]:
+            del self._first[entry.salt]

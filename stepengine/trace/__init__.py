@@ -2,6 +2,7 @@
 
 from stepengine.trace.io import load, save
 from stepengine.trace.metrics import (
+    Gap,
     KVUse,
     RequestMetrics,
     Span,
@@ -14,12 +15,14 @@ from stepengine.trace.metrics import (
     percentiles,
     request_metrics,
     summarize,
+    token_gaps,
 )
 from stepengine.trace.perfetto import to_perfetto
 from stepengine.trace.record import Trace
 from stepengine.trace.replay import Replay, Snapshot
 
 __all__ = [
+    "Gap",
     "KVUse",
     "Replay",
     "RequestMetrics",
@@ -38,4 +41,5 @@ __all__ = [
     "save",
     "summarize",
     "to_perfetto",
+    "token_gaps",
 ]

@@ -37,6 +37,16 @@ class KVUse(NamedTuple):
     capacity: int  # tokens that the whole pool has room for
 
 
+class Gap(NamedTuple):
+    """From one token of a request to its next: what inter-token latency is made of, with and without a clock."""
+
+    request: int
+    step: int  # index in the trace's steps of the one that brought the later token
+    steps: int  # steps from the earlier token to the later one; 1: no step went by without a token
+    tokens: int  # tokens that those steps ran through the model, for whomever
+    ms: float  # the inter-token latency: both tokens on the host
+
+
 class Span(NamedTuple):
     """A stretch of one step's time, in seconds on the engine's clock."""
 
@@ -82,6 +92,29 @@ def request_metrics(trace: Trace) -> list[RequestMetrics]:
             )
         )
     return result
+
+
+def token_gaps(trace: Trace) -> list[Gap]:
+    """Every gap between two tokens of a request, in order of the later token's step, then of the step's chunks.
+
+    A gap's `tokens` count the work that a request had to sit through, its own included, whatever the machine: with
+    prefill first a whole prompt may lie between two tokens of a neighbour, with chunks one step's budget at most.
+    """
+    ran = [0]  # tokens run before each step
+    latest: dict[int, int] = {}  # request -> index of the step that brought its latest token
+    gaps = []
+    for index, record in enumerate(trace.steps):
+        ran.append(ran[-1] + record.plan.num_tokens)
+        for chunk, token in zip(record.plan.chunks, record.token_ids, strict=True):
+            if token < 0:
+                continue
+            before = latest.get(chunk.request)
+            if before is not None:
+                between = ran[index + 1] - ran[before + 1]
+                took = _ms(record.t_done - trace.steps[before].t_done)
+                gaps.append(Gap(chunk.request, index, index - before, between, took))
+            latest[chunk.request] = index
+    return gaps
 
 
 def batching(trace: Trace) -> str:

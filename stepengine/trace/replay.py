@@ -50,6 +50,7 @@ class _State:
     new: frozenset[int] = frozenset()
     hits: frozenset[int] = frozenset()
     evicted: frozenset[int] = frozenset()
+    just_freed: frozenset[int] = frozenset()  # by requests that ended in the last step
     holds: dict[int, int] = field(default_factory=dict)  # sealed block -> beginning
     found: dict[int, tuple[int, ...]] = field(default_factory=dict)  # beginning -> its blocks
     sealed: dict[int, int] = field(default_factory=dict)  # request -> blocks of its table that are sealed
@@ -67,6 +68,7 @@ class _State:
             self.new,
             self.hits,
             self.evicted,
+            self.just_freed,
             dict(self.holds),
             dict(self.found),
             dict(self.sealed),
@@ -82,7 +84,8 @@ class Replay:
 
     Where prefixes are cached (`meta["prefix_caching"]`, or by default in stages 4 and 4b) it is known which blocks
     can be found again, and by what: `beginnings[i]` is (parent, tokens of one block), where the parent is another
-    beginning, or -1 - the number of a cache namespace.
+    beginning, or -1 - the number of a cache namespace. Steps are taken to be planned one after the other; where one
+    was planned ahead of the one before, a block may be kept or evicted here a step sooner or later than it was.
     """
 
     def __init__(self, trace: Trace) -> None:
@@ -250,10 +253,20 @@ class Replay:
                 raise self._error(t, request, f"writes token {chunk.end - 1} but its blocks hold {room}")
             if not self._ran_ahead(s, chunk, token):
                 s.computed[request] = chunk.end
-            if self.prefix_caching:
+            if self.prefix_caching and self._is_booked(s, t, chunk, token):
                 self._seal(s, request, chunk.end)
         if token >= 0:
             s.outputs[request] = (*s.outputs.get(request, ()), token)
+
+    def _is_booked(self, s: _State, t: int, chunk: Chunk, token: int) -> bool:
+        """Whether the engine took the chunk's result: not after a failure, or if the request gave way meanwhile."""
+        total = len(self.trace.requests[chunk.request].prompt_ids) + len(s.outputs.get(chunk.request, ()))
+        if token >= 0 or chunk.end == total:
+            return token >= 0
+        if t + 1 == len(self) or self.trace.steps[t + 1].t_plan >= self.trace.steps[t].t_done:
+            return True
+        ahead = self.trace.steps[t + 1].plan
+        return chunk.request not in (*ahead.preempted, *(swap.request for swap in ahead.swapped_out))
 
     def _seal(self, s: _State, request: int, upto: int) -> None:
         """Full blocks of the first `upto` tokens are found again from now on; equal ones all while they are held."""
@@ -286,7 +299,9 @@ class Replay:
             del s.found[beginning]
 
     def _settle(self, s: _State, t: int) -> None:
-        for request, reason in self.trace.steps[t].finished:
+        finished = self.trace.steps[t].finished
+        s.just_freed = frozenset(block for request, _ in finished for block in s.table.get(request, ()))
+        for request, reason in finished:
             if s.state.get(request) == FINISHED:
                 raise self._error(t, request, "finishes although it has ended before")
             self._end(s, t, request, reason)
@@ -325,7 +340,8 @@ class Replay:
             raise self._error(t, request, f"is given block {block}, outside 1 to {self.num_blocks}")
         if s.refs.get(block) and not shared:
             raise self._error(t, request, f"is given block {block}, which is not free")
-        if self.prefix_caching and shared and not s.refs.get(block) and block not in s.holds:
+        there = s.refs.get(block) or block in s.holds or block in s.just_freed  # a step may be planned ahead of that
+        if self.prefix_caching and shared and not there:
             raise self._error(t, request, f"takes over block {block}, which nobody holds and which is not cached")
         if not shared and block in s.holds:
             self._forget(s, block)

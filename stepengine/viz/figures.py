@@ -7,12 +7,14 @@ and a text alternative in `figure.layout.meta["alt"]`. Show one without a toolba
 import plotly.graph_objects as go  # noqa: F401  (a missing Plotly is noticed here, not in the middle of a figure)
 
 from stepengine.viz.blocks import block_arrows, block_map
+from stepengine.viz.chunked import budget_and_gaps, budget_sweep, mixed_schedule
 from stepengine.viz.computed import recomputation_triangle
 from stepengine.viz.digest import digest
 from stepengine.viz.fragmentation import fragmentation
 from stepengine.viz.ladder import ladder_bars
 from stepengine.viz.lanes import host_device_lanes
 from stepengine.viz.measures import kv_memory, latency_percentiles, step_time
+from stepengine.viz.prefix import prefix_hits, prefix_tree, ttft_by_hits
 from stepengine.viz.roofline import kernel_bars, record_roofline, roofline
 from stepengine.viz.sharing import ref_counts
 from stepengine.viz.states import request_states
@@ -24,6 +26,8 @@ __all__ = [
     "CONFIG",
     "block_arrows",
     "block_map",
+    "budget_and_gaps",
+    "budget_sweep",
     "compare_timelines",
     "digest",
     "fragmentation",
@@ -34,7 +38,10 @@ __all__ = [
     "kv_memory",
     "ladder_bars",
     "latency_percentiles",
+    "mixed_schedule",
     "recomputation_triangle",
+    "prefix_hits",
+    "prefix_tree",
     "record_roofline",
     "ref_counts",
     "request_states",
@@ -42,4 +49,5 @@ __all__ = [
     "scheduler_timeline",
     "step_time",
     "tile_walk",
+    "ttft_by_hits",
 ]

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from stepengine.bench import ladder, report, runs, verify
+from stepengine.bench import ladder, metrics, report, runs, verify, workloads
 from stepengine.bench.usage import block_tokens_per_sequence
 from stepengine.bench.workloads import Workload
 from stepengine.stages import STAGES
@@ -40,25 +40,43 @@ def test_every_stage_has_every_field(climbed) -> None:
 def test_metrics_equal_their_formulas(climbed) -> None:
     result, _ = climbed
     rows = {row["stage"]: row for row in result["stages"]}
-    ids = ladder.workloads.corpus(None, 499)
-    common, uneven = ladder.common_set(ids, True), ladder.uneven_set(ids, True)
+    ids = workloads.corpus(None, 499)
+    common, uneven = metrics.common_set(ids, True), metrics.uneven_set(ids, True)
     assert common.recomputed_tokens < 12_000
     cached = sum(len(prompt) + n - 1 for prompt, n in zip(common.prompts, common.output_lens, strict=True))
     assert (rows["1a"]["metric"]["before"], rows["1a"]["metric"]["after"]) == (common.recomputed_tokens, cached)
-    batches = [uneven.output_lens[at : at + ladder.SLOTS] for at in range(0, 12, ladder.SLOTS)]
+    batches = [uneven.output_lens[at : at + ladder.SLOTS] for at in range(0, 8, ladder.SLOTS)]
     idle = sum(max(batch) - n for batch in batches for n in batch)
     assert (rows["1b"]["metric"]["before"], rows["1b"]["metric"]["after"]) == (idle, 0)
-    tailed = ladder.long_tailed_set(ids, True)
+    tailed = metrics.long_tailed_set(ids, True)
     fits = ladder.SLOTS * ladder.MAX_MODEL_LEN / block_tokens_per_sequence(tailed, 16)
     assert rows["2"]["metric"]["before"] == pytest.approx(ladder.SLOTS)
     assert rows["2"]["metric"]["after"] == pytest.approx(fits, rel=0.1)  # but for preemptions and prompts' steps
 
 
+def test_attention_moves_less_and_launches_less_without_scores(climbed) -> None:
+    metric = next(row for row in climbed[0]["stages"] if row["stage"] == "3")["metric"]
+    (operators,) = metric["also"]
+    assert metric["after"] < metric["before"] and operators["after"] < operators["before"]
+    layers = 2
+    assert operators["before"] - operators["after"] == 2 * layers  # three operators for scores became one
+
+
+def test_halves_of_stage_4_are_held_against_stage_3(climbed) -> None:
+    rows = {row["stage"]: row["metric"] for row in climbed[0]["stages"]}
+    assert [rows[name]["against"] for name in ("4a", "4b", "4")] == ["3"] * 3
+    work = metrics.METRICS["4b"].own_set(workloads.corpus(None, 499), True)
+    found, _ = rows["4b"]["also"]
+    shared = 96 // 16 * 16
+    assert (found["before"], found["after"]) == (0, shared * (len(work.prompts) - 1))
+    assert rows["4b"]["before"] - rows["4b"]["after"] == found["after"]
+
+
 @pytest.mark.parametrize("fast", [True, False])
 def test_no_set_is_longer_than_the_engines_have_room_for(fast: bool) -> None:
     ids = np.arange(1000)
-    assert ladder.common_set(ids, fast).longest <= ladder.MAX_MODEL_LEN
-    for name, metric in ladder.METRICS.items():
+    assert metrics.common_set(ids, fast).longest <= ladder.MAX_MODEL_LEN
+    for name, metric in metrics.METRICS.items():
         if metric.own_set is not None:
             room = metric.settings(name, fast)["max_model_len"] if metric.settings else ladder.MAX_MODEL_LEN
             assert metric.own_set(ids, fast).longest <= room

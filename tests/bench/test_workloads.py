@@ -81,3 +81,35 @@ def test_bad_sets_are_refused_with_numbers() -> None:
         Workload("x", ((1,), (2,)), (3,), 0)
     with pytest.raises(InvalidSetting, match="6000..6000"):
         workloads.uniform(IDS, 0, 2, prompt=(6000, 6000))
+
+
+def test_long_prompts_arrive_one_after_another_on_those_that_run() -> None:
+    work = workloads.long_arrivals(IDS, 0, running=3, outputs=20, long=100, count=2, shared=64)
+    assert work.kinds == ("running",) * 3 + ("long", "other") * 2
+    assert work.after == (0, 0, 0, 20, 20, 40, 40)  # of 60 tokens
+    first, second = (work.prompts[index] for index in work.of("long"))
+    assert len(first) == len(second) == 100 and first[:64] == second[:64] and first[64:] != second[64:]
+    assert {work.output_lens[index] for index in work.of("running")} == {20}
+
+
+def test_few_shot_prompts_begin_alike_and_end_apart() -> None:
+    work = workloads.few_shot(IDS, 0, count=5, shared=48, own=10, output=3)
+    assert len({prompt[:48] for prompt in work.prompts}) == 1
+    assert len({prompt[48:] for prompt in work.prompts}) == 5 and {len(prompt) for prompt in work.prompts} == {58}
+    assert work.after == (0, 1, 1, 1, 1)
+
+
+def test_a_turn_continues_what_was_said_before() -> None:
+    chats = workloads.multi_turn(IDS, 0, chats=2, turns=3, system=8, said=5, answer=4)
+    first = chats.turn(0, [])
+    assert all(prompt[:8] == chats.system and prompt[8:] == said for prompt, said in zip(first.prompts, chats.said[0]))  # noqa: B905
+    before = [[*prompt, 1, 2, 3, 4] for prompt in first.prompts]
+    second = chats.turn(1, before)
+    assert [list(prompt[: 8 + 5 + 4]) for prompt in second.prompts] == before
+    assert chats.longest == 8 + 3 * (5 + 4) == len(second.prompts[0]) + 4 + 9
+
+
+@pytest.mark.parametrize("wrong", [{"after": (0,)}, {"kinds": ("a",)}, {"after": (3, 0)}])
+def test_arrivals_and_kinds_must_fit_the_prompts(wrong: dict) -> None:
+    with pytest.raises(InvalidSetting, match="one per prompt|in that order"):
+        Workload("two", ((1,), (2,)), (1, 1), 0, **wrong)

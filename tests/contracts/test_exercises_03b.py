@@ -43,7 +43,7 @@ def test_the_engine_runs_with_the_reader_s_bucket():
         return right_bucket(batch)
 
     assert check_bucket(noted).ok
-    assert set(range(1, 13)) <= set(asked[3 * 64 :])  # after the three checks of numbers: the engine's own calls
+    assert set(range(1, 13)) <= set(asked[3 * 64 + 12 :])  # after the checks of numbers: the engine's own calls
     too_small = check_bucket(lambda batch: 4)
     assert any(failure.promise.startswith("in the engine") for failure in too_small.failed), too_small
 

@@ -20,6 +20,7 @@ PROMISED = {
     "02a_paged": {"E3", "E4", "E5", "C3", "C11", "C21", "Q51", "Q96", "Q104", "Q106"},
     "02b_sharing_preemption": {"E5", "E6", "C15", "Q105", "Q108"},
     "03a_flash": {"E7", "C7", "C12", "Q97"},
+    "03b_graphs": {"C19", "Q61", "Q80", "Q83", "Q84", "Q103"},
 }
 PLOTLY = "application/vnd.plotly.v1+json"
 COMPARED = {"text/plain", "text/markdown", "text/latex"}  # what notebooks/conftest.py and nbval leave to compare

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from stepengine.bench.records import newest_record, recorded_traces
+from stepengine.bench.records import idle_lines, newest_record, recorded_traces
 from stepengine.core.plan import Chunk, StepPlan, StepRecord
 from stepengine.errors import TraceError
 from stepengine.trace import Trace, save
@@ -151,3 +151,16 @@ def test_traces_of_toy_runs_are_left_out(tmp_path: Path):
         save(trace, tmp_path / f"{name}.jsonl.gz")
     (tmp_path / "broken.jsonl.gz").write_bytes(b"no trace")
     assert list(recorded_traces(tmp_path)) == ["stage3"]
+
+
+def test_idle_times_are_told_with_their_machine():
+    record = made_up()
+    assert idle_lines(record) == ["A made-up GPU, 2026-01-02"]
+    measured = {"wall_us": 1234.4, "host_us": 567.0, "device_us": 1000.0, "idle": 0.19}
+    cases = {"eager, 1": measured, "graphs, 1": {"note": "not there yet"}, "both, 256": {**measured, "idle": None}}
+    record["parts"]["idle/stage3"] = {"status": "ok", "results": cases}
+    assert idle_lines(record)[1:] == [
+        "eager, batch of 1: 1,234 µs a step, the host works 567 µs, the device 1,000 µs: idle 19.0%",
+        "both, batch of 256: 1,234 µs a step, the host works 567 µs",
+    ]
+    assert idle_lines(made_up(smoke=True))[0].startswith("TOY RUN")
