@@ -37,7 +37,7 @@ def chunked(options: Options) -> dict[str, Any]:
     gain = waits[FIRST]["running"]["p99"] / waits[CHUNKS]["running"]["p99"]
     speeds = Paired({stage: [run.tokens_per_s for run in found] for stage, found in done.items()})
     speed = speeds.ratio(CHUNKS, FIRST)
-    sweep = []
+    sweep: list[dict[str, Any]] = []
     for size in budgets:
         arm = chunks if size == budget else _engine(options, CHUNKS, longest, running + 4, size, first)
         found = _rounds(options, f"budget {size}", {CHUNKS: arm}, work, 1)[CHUNKS]
@@ -63,6 +63,7 @@ def chunked(options: Options) -> dict[str, Any]:
         "knee": knee,
         "threshold": {"tokens": budget // 2, "tokens_per_s": polite.tokens_per_s, **_waits([polite])},
         "same_tokens": same.wrong == 0,
+        "met": same.wrong == 0,
         "near_ties": same.near,
     }
 
@@ -76,7 +77,7 @@ def _engine(
     weights: LLM | None = None,
     threshold: int | None = None,
 ) -> LLM:
-    settings = {"max_num_batched_tokens": budget, "long_prefill_token_threshold": threshold}
+    settings: dict[str, Any] = {"max_num_batched_tokens": budget, "long_prefill_token_threshold": threshold}
     llm = runs.build(options.model, stage, places, longest, **settings)
     if weights is not None:
         runs.share_weights((weights, llm))

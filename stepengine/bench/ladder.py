@@ -107,15 +107,16 @@ class _Climb:
         metric = METRICS.get(stage.name, SPEED)
         before = metric.against if metric.against in self.climbed else list(self.climbed)[-1]
         other, run_before = self.climbed[before]
-        pairs, own, arms = [(run_before, middle)], None, (other, llm)
+        arms: tuple[LLM, LLM] = (other, llm)
+        pairs, own = [(run_before, middle)], None
         if metric.own_set is not None:
             own = metric.own_set(self.ids, self.fast)
             arms = self._own_engines(metric, before, stage.name) if metric.settings else arms
-            pairs = list(self._rounds(lambda: tuple(self._run(arm, own, "own set") for arm in arms)))
+            pairs = list(self._rounds(lambda: (self._run(arms[0], own, "own set"), self._run(arms[1], own, "own set"))))
         speed = Ratio.of([after.tokens_per_s / first.tokens_per_s for first, after in pairs])
         first, after = sorted(pairs, key=lambda pair: pair[1].tokens_per_s / pair[0].tokens_per_s)[len(pairs) // 2]
         if metric.counted:
-            pairs = [tuple(runs.run_counted(arm, after.workload) for arm in arms)]
+            pairs = [(runs.run_counted(arms[0], after.workload), runs.run_counted(arms[1], after.workload))]
         values = [
             {
                 "name": number.name,
@@ -141,11 +142,12 @@ class _Climb:
             "note": report.why(run_before, middle),
         }
 
-    def _own_engines(self, metric: Metric, *stages: str) -> tuple[LLM, ...]:
+    def _own_engines(self, metric: Metric, before: str, stage: str) -> tuple[LLM, LLM]:
         """Engines for a set that does not fit into those of the common one; they run one copy of the weights."""
         assert metric.settings is not None
-        with _bar(self.progress, f"stage {stages[-1]:<3} loading {self.model}", 0):
-            arms = tuple(runs.build(self.model, stage, **metric.settings(stage, self.fast)) for stage in stages)
+        with _bar(self.progress, f"stage {stage:<3} loading {self.model}", 0):
+            other, llm = (runs.build(self.model, name, **metric.settings(name, self.fast)) for name in (before, stage))
+            arms = (other, llm)
             runs.share_weights(arms)
             for arm in arms:
                 runs.warm(arm, self.common)

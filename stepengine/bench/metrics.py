@@ -49,13 +49,13 @@ def uneven_set(ids: Any, fast: bool) -> Workload:
 
 def long_tailed_set(ids: Any, fast: bool) -> Workload:
     """Most requests short, a few as long as a slot."""
-    return workloads.lognormal(ids, seed=3, count=12 if fast else 20, prompt_mean=24, output_mean=32, most=128)
+    return workloads.lognormal(ids, seed=3, count=9 if fast else 20, prompt_mean=24, output_mean=32, most=128)
 
 
 def prompts_set(ids: Any, fast: bool) -> Workload:
     """Long prompts and short answers: scores grow with the square of a prompt."""
     long = LONG[fast]
-    return workloads.uniform(ids, seed=4, count=2, prompt=(long - 32, long), output=(4, 4))
+    return workloads.uniform(ids, seed=4, count=2, prompt=(long - 32, long), output=(2, 2))
 
 
 LONG = {False: 448, True: 224}  # tokens of a long prompt; fast: True

@@ -12,8 +12,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from stepengine.llm import LLM
 
 NO_WORK = ("empty", "new_empty", "resize_", "set_", "_unsafe_view", "detach_")  # these compute nothing
-PICKS = ("index_select", "embedding", "index")  # read as many bytes of their source as they write
-PUTS = ("index_copy_", "index_put_")  # write as many bytes into their target as they read
+PICKS = ("index_select", "embedding", "index")  # read of their source as many bytes as they write
+PUTS = ("index_copy_", "index_put_", "copy_")  # read only what they put, and write as many bytes into their target
 
 
 @dataclass
@@ -89,7 +89,7 @@ class _Counter(TorchDispatchMode):
         result = func(*args, **kwargs)
         written = _tensors(result)
         if self.traffic.steps and written and not _only_looks(func):
-            self._note(self.traffic.steps[-1], func, _tensors((args, kwargs)), written)
+            self._note(self.traffic.steps[-1], func, _tensors((args, {**kwargs, "out": None})), written)
         return result
 
     def _note(self, step: StepTraffic, func: Any, read: list[Tensor], written: list[Tensor]) -> None:
@@ -98,9 +98,9 @@ class _Counter(TorchDispatchMode):
             return
         name = func._schema.name.removeprefix("aten::")
         step.attention_operators += 1
-        if name.startswith(PICKS):
+        if name in PICKS:
             read = [*read[1:], written[0]]
-        elif name.startswith(PUTS):
+        elif name in PUTS:
             read, written = read[1:], [read[-1]]
         step.attention_bytes += sum(tensor.nbytes for tensor in read + written)
         if "softmax" in name:

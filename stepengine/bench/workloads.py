@@ -248,7 +248,7 @@ def _workload(
     return Workload(name, prompts, tuple(int(n) for n in output_lens), seed)
 
 
-def _cut(ids: np.ndarray, rng: np.random.Generator, lens: np.ndarray) -> tuple[tuple[int, ...], ...]:
+def _cut(ids: np.ndarray, rng: np.random.Generator, lens: Sequence[int] | np.ndarray) -> tuple[tuple[int, ...], ...]:
     """Pieces of the corpus of these lengths, from anywhere."""
     starts = [int(rng.integers(0, len(ids) - length)) for length in lens]
     return tuple(tuple(ids[start : start + length].tolist()) for start, length in zip(starts, lens, strict=True))

@@ -42,9 +42,9 @@ def check_bucket(bucket: Callable[[int], int]) -> Report:
         from stepengine.llm import LLM
 
         for batch in range(1, 13):
-            got = bucket(batch)
-            runs = isinstance(got, int) and not isinstance(got, bool) and got >= batch
-            expect(runs, f"bucket({batch}): got {got!r}; the engine cannot run {batch} rows with that")
+            size = bucket(batch)
+            runs = isinstance(size, int) and not isinstance(size, bool) and size >= batch
+            expect(runs, f"bucket({batch}): got {size!r}; the engine cannot run {batch} rows with that")
         prompts = [[5 + number, 9, 2, 7, 3][: 2 + number % 4] for number in range(12)]
         params = [SamplingParams(temperature=0.0, max_tokens=3 + n, ignore_eos=True) for n in range(12)]
         sizes_of: dict[str, Any] = {"max_num_seqs": 12, "max_model_len": 32}

@@ -258,7 +258,9 @@ def _chunk_promises(make: Callable[[Limits, Any], Scheduler]) -> list[Promise]:
             expect(not run.slack, (run.slack or [""])[0])
 
     def tight() -> None:
-        for jobs, places, blocks in tight_cases():
+        short = Job(1, 16)  # half way through a long prompt, the last or the first in line, blocks run out
+        mid_prompt = [([short, short, Job(24, 2, priority, 3)], 3, 11) for priority in (0, -1)]
+        for jobs, places, blocks in [*mid_prompt, *tight_cases()]:
             for budget in (places, places + 2):
                 for host in (0, 4 * blocks):
                     run = Run(make, jobs, places, Memory(blocks, host, budget)).to_end()

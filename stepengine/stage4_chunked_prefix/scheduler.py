@@ -122,6 +122,7 @@ class BudgetScheduler:
         """Start, in order, what places, blocks and the `left` tokens allow; the chunks, and what stopped it."""
         chunks: list[Chunk] = []
         places = self.limits.max_num_seqs
+        copying = {self.running[copy.request].group for copy in moves.copies if copy.request in self.running}
         owed = sum(request.due for request in self.running.values() if request.due > 1)  # tokens without blocks yet
         for request in list(self.waiting):
             if moves.preempted or moves.swapped_out:
@@ -131,6 +132,8 @@ class BudgetScheduler:
             if self._prompt_runs(request):  # later it finds the prompt cached; until then its place is kept
                 places -= 1
                 continue
+            if request.group in copying:  # a block that is filled in this step cannot be copied from in it
+                return chunks, "another sample of its prompt is just copying a block"
             if not left:
                 return chunks, f"the {self.limits.max_num_batched_tokens} tokens of this step are used up"
             cached, needed = 0, request.num_tokens

@@ -1,12 +1,12 @@
 """Chunked prefill: what fills each step, what the others wait meanwhile, and how large a budget should be."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
 from stepengine.errors import TraceError
-from stepengine.trace import Gap, Trace, request_metrics, summarize, token_gaps
+from stepengine.trace import Gap, Trace, token_gaps
 from stepengine.viz.grid import listed
 from stepengine.viz.template import GREY, HUES, INK, PAPER, QUIET, dressed, readable, request_style
 
@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     import plotly.graph_objects as go
 
 KNEE = 0.95  # of the best throughput of a sweep
+DARK = 8.0  # contrast against paper of a decode's shade
 WIDTH = 760  # px
 PLOT_PX = 680  # of it for the steps
 ROW_PX = 18  # of a request's row under the bars
@@ -145,17 +146,29 @@ def budget_and_gaps(
     return figure.update_layout(margin={"t": 104})
 
 
-def sweep_point(trace: Trace, long: int, watched: Iterable[int]) -> SweepPoint:
-    """What one run says of its budget. long: the request with the long prompt; watched: those that decode beside it."""
-    wanted = set(watched)
-    gaps = [gap.ms for gap in token_gaps(trace) if gap.request in wanted]
-    found = next((m.ttft_ms for m in request_metrics(trace) if m.id == long), None)
-    speed = summarize(trace)["tokens_per_s"]
-    if not gaps or found is None or speed is None:
+def sweep_point(runs: Sequence[Trace], long: int, watched: Sequence[int]) -> SweepPoint:
+    """What one budget is worth, from one recording or several of the same plan.
+
+    Of several, each step counts with its shortest time, since a busy machine only ever adds to it. `long` and `watched`
+    are places in the order of arrival: the request with the long prompt, and those that decode beside it.
+    """
+    plans = [[tuple(chunk.length for chunk in step.plan.chunks) for step in run.steps] for run in runs]
+    if not runs or any(plan != plans[0] for plan in plans):
+        raise TraceError(f"These {len(runs)} recordings are not of one plan; give those of the same run, repeated.")
+    times = [min(r.t_done - r.t_plan for r in records) for records in zip(*(run.steps for run in runs), strict=True)]
+    trace, order = runs[0], list(runs[0].requests)
+    wanted = {order[place] for place in watched}
+    gaps = [sum(times[gap.step - gap.steps + 1 : gap.step + 1]) for gap in token_gaps(trace) if gap.request in wanted]
+    came = next((at for at, step in enumerate(trace.steps) if order[long] in step.plan.arrived), 0)
+    brought = [piece for piece in slices(trace) if piece.brought]
+    first = next((piece.at for piece in brought if piece.request == order[long]), None)
+    if not gaps or first is None:
         raise TraceError(
-            f"Request {long} got no token in this trace, or none of {sorted(wanted)} got two: run it to its end first."
+            f"Request {long} got no token in this run, or none of {list(watched)} got two: run it to its end first."
         )
-    return SweepPoint(float(np.percentile(gaps, 99)), found, speed)
+    return SweepPoint(
+        float(np.percentile(gaps, 99)) * 1e3, sum(times[came : first + 1]) * 1e3, len(brought) / sum(times)
+    )
 
 
 def knee(points: Mapping[int, SweepPoint]) -> int:
@@ -197,7 +210,7 @@ def budget_sweep(points: Mapping[int, SweepPoint], whole: SweepPoint | None = No
         for place, value in zip(places, values, strict=True):
             figure.add_annotation(
                 x=place, y=value, text=form.format(value), showarrow=False, yanchor="bottom", yshift=7, row=row, col=1,
-                font={"size": 12, "color": INK if budgets[place] == at else QUIET},
+                bgcolor=PAPER, borderpad=0, font={"size": 12, "color": INK if budgets[place] == at else QUIET},
             )  # fmt: skip
         if base is not None:
             figure.add_scatter(
@@ -322,7 +335,10 @@ def _draw_stack(
                 name=f"{style.label} {'prompt' if prompt else 'decode'}", x=[middle(piece.at) for piece in mine],
                 y=[piece.tokens for piece in mine], base=[piece.below for piece in mine],
                 width=[wide(piece.at) for piece in mine], customdata=[piece.at for piece in mine],
-                marker={"color": style.color if prompt else style.edge, "line": {"color": style.edge, "width": 1}},
+                marker={
+                    "color": style.color if prompt else readable(style.color, DARK),
+                    "line": {"color": style.edge if prompt else readable(style.color, DARK), "width": 1},
+                },
                 hovertemplate=f"step %{{customdata}}: %{{y}} {'prompt tokens' if prompt else 'new'} of {style.label}"
                 "<extra></extra>", **where,
             )  # fmt: skip
@@ -425,8 +441,8 @@ def _finding(run: _Run) -> str:
         return f"step {largest} runs {run.most:,} tokens, and {listed(waiting)} get{'s' * (len(waiting) == 1)} nothing"
     late = sorted({run.styles[gap.request].label for gap in run.gaps if gap.steps > 1})
     if late:
-        return f"no step runs more than {run.most:,} tokens; {listed(late)} sometimes go without"
-    return f"no step runs more than {run.most:,} tokens, and nobody who decodes goes without"
+        return f"at most {run.most:,} tokens a step; {listed(late)} sometimes get nothing"
+    return f"at most {run.most:,} tokens a step, and nobody who decodes waits"
 
 
 def _key(run: _Run) -> str:

@@ -89,6 +89,7 @@ def test_prefix(capsys, checkpoint) -> None:
     assert hits["sets"]["random"]["hit_tokens"]["hash"] == 0 == result["misses"]["hit_tokens"]
     for part in hits["sets"].values():
         assert part["saved"] == part["hit_tokens"]  # nothing was preempted
+    assert 0 < result["misses"]["looking"] < 1
     assert set(result["host"]["us"]) == {"hash", "radix"}
     assert result["host"]["met"] == (result["host"]["slowest"] <= prefix.HOST_BAR)
     assert_readable(result)

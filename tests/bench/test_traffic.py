@@ -41,6 +41,27 @@ def test_scores_are_read_and_written_six_times_more_than_never(checkpoint) -> No
     assert second_difference("3")[0] == 0
 
 
+@pytest.mark.parametrize("stage", ["1a", "2", "3"])
+def test_what_is_moved_does_not_depend_on_the_pool(checkpoint, stage: str) -> None:
+    """Gathers and scatters touch what they name, not all that there is."""
+    work = Workload("one", (tuple(range(3, 30)),), (4,), 0)
+    small, large = (runs.run_counted(runs.build(checkpoint(), stage, slots, 64), work).counts for slots in (1, 4))
+    assert small.attention_bytes == large.attention_bytes
+
+
+def test_a_decode_step_gathers_what_it_reads(checkpoint) -> None:
+    """Stage 3, one row in whole blocks: its K/V are read and written by the gather, and read by attention."""
+    moved = {}
+    for tokens in (16, 32, 48):
+        config, found = counted(checkpoint, "3", tokens - 1, outputs=2)
+        moved[tokens] = found.steps[1].attention_bytes
+    block = 16 * 2 * config.num_kv_heads * config.head_dim * FLOAT
+    mask = 16 * config.num_kv_heads * FLOAT
+    grown = moved[48] - moved[32]
+    assert grown == moved[32] - moved[16]
+    assert config.num_layers * (3 * block + mask) <= grown <= 1.1 * config.num_layers * (3 * block + mask)
+
+
 def test_steps_are_told_apart_and_views_are_not_counted(checkpoint) -> None:
     _, found = counted(checkpoint, "3", 20, outputs=4)
     assert [step.max_q for step in found.steps] == [20, 1, 1, 1]

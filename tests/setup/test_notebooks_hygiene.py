@@ -21,6 +21,8 @@ PROMISED = {
     "02b_sharing_preemption": {"E5", "E6", "C15", "Q105", "Q108"},
     "03a_flash": {"E7", "C7", "C12", "Q97"},
     "03b_graphs": {"C19", "Q61", "Q80", "Q83", "Q84", "Q103"},
+    "04a_chunked_prefill": {"E8", "C5", "C13", "C14", "Q99", "Q122"},
+    "04b_prefix_caching": {"E9", "C6", "C15", "Q20", "Q100", "Q107"},
 }
 PLOTLY = "application/vnd.plotly.v1+json"
 COMPARED = {"text/plain", "text/markdown", "text/latex"}  # what notebooks/conftest.py and nbval leave to compare
