@@ -140,15 +140,14 @@ def run(llm: LLM, workload: Workload, told: Callable[[int], object] | None = Non
     llm.engine.recorder = trace
     due = workload.after or (0,) * len(workload.prompts)
     coming = deque(zip(due, workload.prompts, workload.params(), strict=True))
+    salt = f"after step {llm.engine.counters['steps']}" if salt is None else salt
     ids: list[int] = []
     outputs: dict[int, RequestOutput] = {}
     given = seen = 0
     while coming or llm.engine.has_unfinished():
         while coming and (coming[0][0] <= given or not llm.engine.has_unfinished()):
             _, prompt, params = coming.popleft()
-            ids.append(llm.engine.add_request(list(prompt), params))
-            for sample in range(params.n):
-                llm.engine.requests[ids[-1] + sample].cache_salt = f"run {ids[0]}" if salt is None else salt
+            ids.append(llm.engine.add_request(list(prompt), params, cache_salt=salt))
         outputs |= {output.request_id: output for output in llm.engine.step()}
         came = sum(token >= 0 for record in trace.steps[seen:] for token in record.token_ids)
         given, seen = given + came, len(trace.steps)  # of a pipelined engine, a step's record comes one step later

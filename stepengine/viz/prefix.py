@@ -548,7 +548,8 @@ def ttft_by_hits(trace: Trace, requests: Sequence[int] | None = None) -> "go.Fig
             "There are no two requests with prompts of one length and different shares found: there is nothing to "
             "compare."
         )
-    longest = max((prompt for prompt, line in lines.items() if len(line) > 1))
+    drawn = [find for line in lines.values() for find in line]
+    longest = max(prompt for prompt, line in lines.items() if len(line) > 1)
     least, most = lines[longest][0], lines[longest][-1]
     figure = make_subplots(
         rows=1, cols=2, horizontal_spacing=0.13,
@@ -572,12 +573,12 @@ def ttft_by_hits(trace: Trace, requests: Sequence[int] | None = None) -> "go.Fig
     times = least.ttft_ms / most.ttft_ms
     title = f"Prompt of {longest:,}: with {100 * most.share:.0f} % found the first token comes {times:.1f} times sooner"
     alt = "; ".join(
-        f"prompt of {f.prompt}, {100 * f.share:.0f} % found: {f.computed} computed, {f.ttft_ms:.3g} ms" for f in finds
+        f"prompt of {f.prompt}, {100 * f.share:.0f} % found: {f.computed} computed, {f.ttft_ms:.3g} ms" for f in drawn
     )
     dressed(figure, title, "each dot is one request, alone in the engine", alt + ".", height=350)
     figure.update_annotations(font={"size": 13, "color": INK}, selector={"yref": "paper"})
     figure.update_xaxes(title_text="of the prompt found (%)", range=[-6, 106], dtick=25)
     figure.update_yaxes(rangemode="tozero")
-    for column, top in ((1, max(f.computed for f in finds)), (2, max(f.ttft_ms for f in finds))):
+    for column, top in ((1, max(f.computed for f in drawn)), (2, max(f.ttft_ms for f in drawn))):
         figure.update_yaxes(range=[0, 1.15 * top], row=1, col=column)
     return figure.update_layout(margin={"t": 108})
