@@ -11,13 +11,14 @@ if TYPE_CHECKING:
     import plotly.graph_objects as go
 
 BEFORE, AFTER = "#C9CFD5", HUES[0]
+COLUMNS = 4
 
 
 def ladder_bars(result: Mapping[str, Any]) -> "go.Figure":
     """Small multiples, one per stage that has a metric: before and after; then tokens/s of every stage.
 
-    `result["stages"]` is a list of {"stage", "metric": {"name", "unit", "before", "after", "better", "note"} or
-    None, "tokens_per_s", "same_tokens"}; `better` is "lower" or "higher".
+    `result["stages"]` is a list of {"stage", "metric": {"name", "unit", "before", "after", "better", "note",
+    "against"} or None, "tokens_per_s", "same_tokens"}; `better` is "lower" or "higher", `against` the stage before.
     """
     from plotly.subplots import make_subplots
 
@@ -25,22 +26,30 @@ def ladder_bars(result: Mapping[str, Any]) -> "go.Figure":
     if not stages:
         raise TraceError("The ladder's result holds no stages: run `make ladder` first.")
     climbing = [stage for stage in stages if stage.get("metric")]
-    columns = len(climbing) + 1
+    panels = len(climbing) + 1
+    columns, rows = min(panels, COLUMNS), -(-panels // COLUMNS)
     titles = [f"<b>{s['stage']}</b>  " + "<br>".join(wrap(s["metric"]["name"], 24)) for s in climbing]
     titles.append("<b>all</b>  speed")
-    figure = make_subplots(rows=1, cols=columns, subplot_titles=titles, horizontal_spacing=0.3 / columns)
-    for column, stage in enumerate(climbing, 1):
-        metric = stage["metric"]
+    figure = make_subplots(
+        rows=rows,
+        cols=columns,
+        subplot_titles=titles,
+        horizontal_spacing=0.3 / columns,
+        vertical_spacing=0.32 / rows if rows > 1 else 0,
+    )
+    for number, stage in enumerate(climbing):
+        metric, at = stage["metric"], {"row": number // COLUMNS + 1, "col": number % COLUMNS + 1}
         values = [metric["before"], metric["after"]]
         figure.add_bar(
-            name=f"stage {stage['stage']}", x=["before", "after"], y=values, width=0.62,
+            name=f"stage {stage['stage']}", x=_arms(stage), y=values, width=0.62,
             marker={"color": [BEFORE, AFTER], "line": {"color": [QUIET, readable(AFTER)], "width": 1}},
             text=[_number(v) for v in values], textposition="outside", textfont={"color": INK, "size": 12},
             cliponaxis=False,
             hovertemplate="%{x}: %{y:,.4g} " + str(metric["unit"]) + f", {metric['better']} is better<extra></extra>",
-            row=1, col=column,
+            **at,
         )  # fmt: skip
-        _axis(figure, column, values, str(metric["unit"]))
+        _axis(figure, at, values, str(metric["unit"]))
+    at = {"row": rows, "col": (panels - 1) % COLUMNS + 1}
     speeds = [stage["tokens_per_s"] for stage in stages]
     figure.add_bar(
         name="tokens/s", x=[f"{s['stage']}" for s in stages], y=speeds, width=0.62,
@@ -51,10 +60,11 @@ def ladder_bars(result: Mapping[str, Any]) -> "go.Figure":
         text=[_number(v) + ("<br>other tokens" if s.get("same_tokens") is False else "")
               for v, s in zip(speeds, stages, strict=True)],
         textposition="outside", textfont={"color": INK, "size": 12}, cliponaxis=False,
-        hovertemplate="stage %{x}: %{y:,.4g} tokens/s<extra></extra>", row=1, col=columns,
+        hovertemplate="stage %{x}: %{y:,.4g} tokens/s<extra></extra>", **at,
     )  # fmt: skip
-    _axis(figure, columns, speeds, "tokens/s")
-    figure.update_xaxes(type="category", title_text="stage", row=1, col=columns)
+    _axis(figure, at, speeds, "tokens/s")
+    figure.update_xaxes(type="category")
+    figure.update_xaxes(title_text="stage", **at)
     figure.update_annotations(font={"size": 13, "color": INK})
     gains = [f"{s['stage']} {_gain(s['metric'])}" for s in climbing]
     same = all(s.get("same_tokens") is not False for s in stages)
@@ -65,19 +75,22 @@ def ladder_bars(result: Mapping[str, Any]) -> "go.Figure":
     dressed(
         figure,
         _title(gains, stages),
-        "each stage against the one before it, on the metric it exists for; "
+        "each stage against an earlier one, on the metric it exists for; "
         + ("all give the same tokens" if same else "white bars: not the same tokens as stage 0"),
         f"{alt}. Tokens/s by stage: " + ", ".join(f"{s['stage']} {_number(s['tokens_per_s'])}" for s in stages) + ".",
-        height=340,
+        height=100 + 240 * rows,
         width=max(480, 230 * columns),
     )
     return figure.update_layout(margin={"t": 108})
 
 
-def _axis(figure: "go.Figure", column: int, values: list[float], unit: str) -> None:
-    figure.update_yaxes(
-        title_text=unit, range=[0, (max(values) or 1) * 1.22], nticks=5, gridcolor=RULE, row=1, col=column
-    )
+def _arms(stage: Mapping[str, Any]) -> list[str]:
+    against = stage["metric"].get("against")
+    return [f"stage {against}", f"stage {stage['stage']}"] if against else ["before", "after"]
+
+
+def _axis(figure: "go.Figure", at: Mapping[str, int], values: list[float], unit: str) -> None:
+    figure.update_yaxes(title_text=unit, range=[0, (max(values) or 1) * 1.22], nticks=5, gridcolor=RULE, **at)
 
 
 def _title(gains: list[str], stages: list[Mapping[str, Any]]) -> str:
