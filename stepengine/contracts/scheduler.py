@@ -274,5 +274,5 @@ def _chunk_promises(make: Callable[[Limits, Any], Scheduler]) -> list[Promise]:
         Promise("no chunk is above long_prefill_token_threshold", limited, "min(due, threshold, left)"),
         Promise("whoever decodes has a token in every step", decodes, "keep one token back for each of them"),
         Promise("no token of a step is left over while a prompt could have it", filled, "go on until the budget is 0"),
-        Promise("in mid-prompt too, the right one gives way and all end", tight, "grant blocks in the order of the line"),
+        Promise("in mid-prompt too, the right one gives way and all end", tight, "grant blocks in the line's order"),
     ]

@@ -30,9 +30,10 @@ if TYPE_CHECKING:
 
 LEFT, LABELS, TOP, FOOT = 52, 190, 92, 40  # px: the root; words right of the rows; title and columns' heads; key
 ROW = 24  # px between two rows of squares: a number, and room for the eye
-NARROW, WIDE, GAP, ROOT = 24.0, 62.0, 17.0, 18.0  # px of a column, at least and at most; between squares; to the root
+NARROW, WIDE, GAP, ROOT = 18.0, 62.0, 17.0, 18.0  # px of a column, at least and at most; between squares; to the root
 LONGEST = 12  # columns that are drawn before what does not branch is folded
 ROWS = 16  # leaves that fit on a page
+COLUMNS = 28  # that fit
 
 
 class Node(NamedTuple):
@@ -192,30 +193,49 @@ def _columns(nodes: Sequence[Node]) -> tuple[list[list[int]], set[int]]:
     deepest = 1 + max(node.depth for node in nodes)
     if deepest <= LONGEST:
         return [[depth] for depth in range(deepest)], set()
+    columns = _folded(_dull(nodes, deepest), deepest)
+    if len(columns) > COLUMNS:
+        columns = _folded(_straight(nodes, deepest), deepest)
+    if len(columns) > COLUMNS:
+        raise TraceError(
+            f"The tree branches at so many depths that it needs {len(columns)} columns, and {COLUMNS} fit on a page; "
+            "draw an earlier step, or a run with larger blocks."
+        )
+    return columns, {depth for depths in columns if len(depths) > 1 for depth in depths}
+
+
+def _dull(nodes: Sequence[Node], deepest: int) -> set[int]:
+    """Depths at which every block looks like the one before it and the one after it."""
     by_beginning = {node.beginning: node for node in nodes}
     dull = set(range(1, deepest - 1))
     for node in nodes:
         above = by_beginning.get(node.parent)
         if above is None or above.looks != node.looks:
             dull -= {node.depth, node.depth - 1}
-    for depth in list(dull):  # where a row ends, its last block is seen
-        if len({n.row for n in nodes if n.depth == depth}) != len({n.row for n in nodes if n.depth == depth + 1}):
-            dull.discard(depth)
+    rows = [{node.row for node in nodes if node.depth == depth} for depth in range(deepest)]
+    return {depth for depth in dull if rows[depth] == rows[depth + 1]}  # where a row ends, its last block is seen
+
+
+def _straight(nodes: Sequence[Node], deepest: int) -> set[int]:
+    """Depths at which nothing branches, and no path goes from what is found to what is new."""
+    by_beginning = {node.beginning: node for node in nodes}
+    straight = set(range(1, deepest - 1))
+    for node in nodes:
+        above = by_beginning.get(node.parent)
+        if above is None or above.row != node.row or above.found != node.found:
+            straight -= {node.depth, node.depth - 1}
+    return straight
+
+
+def _folded(dull: set[int], deepest: int) -> list[list[int]]:
+    """Columns of depths: neighbours that are dull share one."""
     columns: list[list[int]] = []
-    folded: set[int] = set()
-    depth = 0
-    while depth < deepest:
-        end = depth
-        while end in dull:
-            end += 1
-        if end - depth >= 2:
-            columns.append(list(range(depth, end)))
-            folded |= set(columns[-1])
-            depth = end
+    for depth in range(deepest):
+        if depth in dull and columns and columns[-1][-1] in dull:
+            columns[-1].append(depth)
         else:
             columns.append([depth])
-            depth += 1
-    return columns, folded
+    return columns
 
 
 def _base(grid: Grid, row: int) -> float:

@@ -102,6 +102,9 @@ COMBINATIONS: dict[str, dict[str, Any]] = {
     },
     "continuous, paged": {"stage": "2", "scheduler": ContinuousScheduler},
     "flash, blocks of 7 (3)": {"stage": "3", "block_size": 7, "num_blocks": 21},
+    "chunks of at most 8 (4a)": {"stage": "4a", "max_num_batched_tokens": 8, "block_size": 7, "num_blocks": 21},
+    "prefixes, blocks of 3, a tree (4b)": {"stage": "4b", "block_size": 3, "num_blocks": 34, "prefix_index": "radix"},
+    "chunks and prefixes (4)": {"stage": "4", "max_num_batched_tokens": 17, "block_size": 4, "num_blocks": 25},
     "flash, padded steps": {"stage": "3", "block_size": 7, "num_blocks": 21, "cuda_graphs": "padded"},
     "flash, pipelined, a pool for one or two, recompute": {
         "stage": "3",

@@ -207,6 +207,6 @@ class TrustsTheHash(PrefixBlockPool):
 )
 def test_a_fault_is_found(role: str, mutant: type):
     faulty = type(f"{mutant.__name__}Engine", (PrefixEngine,), {role: mutant})
-    once = settings(CI, max_examples=300, phases=[Phase.generate], report_multiple_bugs=False)
+    once = settings(CI, max_examples=1000, phases=[Phase.generate], report_multiple_bugs=False)
     with pytest.raises((AssertionError, StepEngineError, KeyError, IndexError, RuntimeError)):
         run_state_machine_as_test(faulty, settings=once)

@@ -10,8 +10,11 @@ from stepengine import LLM, SamplingParams
 from stepengine.errors import TraceError
 from stepengine.trace import Replay
 from stepengine.viz.prefix import (
+    COLUMNS,
     LONGEST,
     ROWS,
+    Node,
+    _columns,
     finds_of,
     prefix_counts,
     prefix_hits,
@@ -138,6 +141,27 @@ def test_what_does_not_branch_is_folded_and_what_does_is_seen():
     hidden = sum(int(text.split()[0]) for text in texts if text.endswith(" blocks"))
     assert drawn < deepest and drawn + hidden >= deepest + 1
     assert "39–40" in texts and "41–42" in texts, "both sides of the fork"
+
+
+def test_a_tree_with_too_many_columns_is_folded_further_or_refused():
+    llm = engine(block_size=1, num_blocks=95, max_num_seqs=2)
+    llm.generate([list(range(5, 5 + 90))], GREEDY.replace(max_tokens=1))
+    for ends in range(6, 86, 10):
+        llm.generate([[*range(5, 5 + ends), 200]], GREEDY.replace(max_tokens=1))
+    replay = Replay(llm.trace)
+    nodes = tree_of(replay, replay.at(-1))
+    columns, folded = _columns(nodes)
+    assert len(columns) <= COLUMNS and sorted(depth for depths in columns for depth in depths) == list(range(90))
+    assert folded
+    figure = prefix_tree(llm.trace)
+    assert max(max(trace.x) for trace in figure.data if trace.type == "bar" and len(trace.x)) < COLUMNS
+    crowded = [
+        Node(at, at - 1 if at < 60 else at - 60, at if at < 60 else at - 59, 0 if at < 60 else at - 59, (at,), (), 0,
+             True, False, False)
+        for at in range(119)
+    ]  # fmt: skip
+    with pytest.raises(TraceError, match="columns, and 28 fit on a page"):
+        _columns(crowded)
 
 
 def test_many_branches_stay_on_a_page():
