@@ -131,6 +131,7 @@ def _run(args: argparse.Namespace, listed: list[Part], wanted: set[str], began: 
         "time": datetime.now().astimezone().isoformat(timespec="seconds"),
         "budget_s": args.budget_s,
         "model": "toy shape, random weights" if args.smoke else SHAPE,
+        "shape": setup(0.0).config_dict(),
         "machine": box,
         "processes": method,
         "parts": {},

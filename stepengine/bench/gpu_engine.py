@@ -371,23 +371,31 @@ def _waiting(device: str) -> Iterator[list[float]]:
 
 
 def traces(setup: Setup) -> Entries:
-    """One recorded run of each stage, small enough for a repository: `traces/stage<name>.jsonl.gz`."""
+    """Recorded runs small enough for a repository: `traces/stage<name>.jsonl.gz`, with all switches on.
+
+    Stage 3, which brings the switches, has its three other settings too, as `stage3-eager.jsonl.gz` and so on.
+    """
     folder = setup.out / "traces"
     folder.mkdir(parents=True, exist_ok=True)
     ids = workloads.corpus(None, setup.config.vocab_size)
     work = workloads.uniform(ids, 0, *setup.of((16, (32, 256), (16, 96)), (4, (3, 20), (2, 8))))
     for stage in stage_names():
-        yield stage, attempt(lambda s=stage: _trace(setup, s, work, folder))
+        yield stage, attempt(lambda s=stage: _trace(setup, s, s, best_switches(s), work, folder))
+    for name, switches in switches_of("3").items():
+        if isinstance(switches, dict) and switches != best_switches("3"):
+            yield f"3-{name}", attempt(lambda n=name, s=switches: _trace(setup, "3", f"3-{n}", s, work, folder))
 
 
-def _trace(setup: Setup, stage: str, work: Workload, folder: Path) -> dict[str, Any]:
-    llm = engine(setup, stage, setup.of(8, 2), work.longest, trace=True, **best_switches(stage))
+def _trace(
+    setup: Setup, stage: str, name: str, switches: dict[str, bool], work: Workload, folder: Path
+) -> dict[str, Any]:
+    llm = engine(setup, stage, setup.of(8, 2), work.longest, trace=True, **switches)
     runs.run(llm, work)  # what is compiled on first use stays out of the picture
     trace = runs.run(llm, work).trace
     trace.meta |= {"machine": setup.known.get("machine", {}).get("results", {}), "date": date.today().isoformat()}
     if setup.smoke:
         trace.meta["note"] = "toy size on a CPU: its times mean nothing"
-    path = save(trace, folder / f"stage{stage}.jsonl.gz")
+    path = save(trace, folder / f"stage{name}.jsonl.gz")
     size = path.stat().st_size
     if size > TRACE_BYTES:
         path.unlink()

@@ -94,11 +94,11 @@ def _planned(budget: int, decodes: int, left: int) -> list[tuple[int, int]]:
     `decodes` requests decode when a prompt of `left` tokens arrives. One step where nothing is left, or where
     the prompt gets nothing.
     """
-    from stepengine.stage4_chunked_prefix.scheduler import BudgetScheduler
+    from stepengine.llm import LLM
 
     length = left + 200
     limits = Limits(decodes + 1, budget, length, PAGE, 4 * (decodes + 1) * length)
-    scheduler = BudgetScheduler(limits, Pages(limits))
+    scheduler = LLM("tiny-random", stage="4a", max_model_len=16).stage.parts.scheduler(limits, Pages(limits))
     params = SamplingParams(temperature=0.0, max_tokens=190, ignore_eos=True)
 
     def step() -> StepPlan:

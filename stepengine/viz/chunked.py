@@ -346,12 +346,12 @@ def _draw_stack(
         if not piece.prompt or piece.tokens <= 0.05 * top:
             continue
         style, index = run.styles[piece.request], piece.at
-        fits = pixels * wide(index) / span > 7 * len(f"{piece.tokens:,}")
+        fits = pixels * wide(index) / span > 7 * len(f"{piece.tokens:,}") + (0 if piece.tokens > 0.12 * top else 16)
         roomy = piece.tokens > 0.12 * top
         over = piece.below + piece.tokens == run.totals[index]
         if not fits and not over:
             continue
-        text = f"<b>{style.label}</b><br>{piece.tokens:,}" if fits and roomy else f"{piece.tokens:,}"
+        text = f"<b>{style.label}</b>{'<br>' if fits and roomy else ' '}{piece.tokens:,}"
         figure.add_annotation(
             x=middle(index), y=piece.below + piece.tokens / 2 if fits else piece.below + piece.tokens, text=text,
             showarrow=False, yanchor="middle" if fits else "bottom",

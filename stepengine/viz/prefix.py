@@ -336,7 +336,7 @@ def _captions(
     )  # fmt: skip
     for x, depths in enumerate(columns):
         if len(depths) > 1:
-            text = f"{len(depths)} blocks"
+            text = f"{len(depths)} blocks" if grid.cell > 40 else ""
         elif wide:
             text = f"{depths[0] * size + 1}–{(depths[0] + 1) * size}" if size > 1 else str(depths[0] + 1)
         else:
@@ -403,17 +403,16 @@ def _end_words(replay: Replay, now: Snapshot, node: Node, r: int, palette: Palet
 def _tree_words(now: Snapshot, nodes: Sequence[Node], palette: Palette, request: int | None) -> tuple[str, str]:
     shared = sum(now.refs.get(block, 0) > 1 for block in now.holds)
     kept = len(now.kept_blocks)
-    gone = f"; {counted(len(now.evicted_blocks))} given up in this step" if now.evicted_blocks else ""
-    here = len(now.holds)
-    state = f"{counted(here)} can be found, {shared} shared, {kept} kept without a holder{gone}"
+    gone = f" · {counted(len(now.evicted_blocks))} given up in this step" if now.evicted_blocks else ""
+    state = f"{counted(len(now.holds))} can be found, {shared} shared, {kept} kept without a holder"
     if request is None:
-        return f"Step {now.index}: {state}", "one column is one whole block of tokens, one row a way to go on"
+        return f"Step {now.index}: {state}", f"one column is one whole block, one row a way to go on{gone}"
     chunk = next(chunk for chunk in now.chunks if chunk.request == request)
     who = palette.name([request])
     title = f"{who} finds {chunk.cached} of its {chunk.end} tokens and computes {chunk.length}"
     if not chunk.cached:
         title = f"{who} finds nothing and computes all {chunk.length} tokens"
-    return title, f"step {now.index}: {state}"
+    return title, f"step {now.index}: {state}{gone}"
 
 
 def _key(nodes: Sequence[Node]) -> str:
