@@ -10,7 +10,7 @@ from stepengine.contracts.played import PAGE, Pages
 from stepengine.contracts.report import Promise, Report, expect, run_promises
 from stepengine.core.plan import StepPlan
 from stepengine.core.request import Request, SamplingParams, State, settle
-from stepengine.core.seams import KVCache, Limits
+from stepengine.core.seams import KVCache, Limits, Scheduler
 from stepengine.errors import StepEngineError
 from stepengine.trace import Trace, token_gaps
 
@@ -88,17 +88,15 @@ def sharing(share_out: ShareOut) -> type[ShareScheduler]:
     return Sharing
 
 
-def _planned(budget: int, decodes: int, left: int) -> list[tuple[int, int]]:
-    """(decode tokens, prompt tokens) of each step, as stage 4's scheduler plans them, to the end of a prompt.
+def _planned(make: Callable[[Limits, Any], Scheduler], budget: int, decodes: int, left: int) -> list[tuple[int, int]]:
+    """(decode tokens, prompt tokens) of each step, as the scheduler plans them, to the end of a prompt.
 
     `decodes` requests decode when a prompt of `left` tokens arrives. One step where nothing is left, or where
     the prompt gets nothing.
     """
-    from stepengine.llm import LLM
-
     length = left + 200
     limits = Limits(decodes + 1, budget, length, PAGE, 4 * (decodes + 1) * length)
-    scheduler = LLM("tiny-random", stage="4a", max_model_len=16).stage.parts.scheduler(limits, Pages(limits))
+    scheduler = make(limits, Pages(limits))
     params = SamplingParams(temperature=0.0, max_tokens=190, ignore_eos=True)
 
     def step() -> StepPlan:
@@ -128,11 +126,14 @@ def check_mix(mix: Callable[[int, int, int], tuple[int, int]]) -> Report:
 
     budget: tokens a step, at least `decodes`; left: tokens of the prompt that have not run yet.
     """
+    from stepengine.llm import LLM
+
+    stage = LLM("tiny-random", stage="4a", max_model_len=16).stage.parts.scheduler
 
     def compare(*cases: tuple[int, int, int]) -> Callable[[], None]:
         def check() -> None:
             for budget, decodes, left in cases:
-                for wanted in _planned(budget, decodes, left):
+                for wanted in _planned(stage, budget, decodes, left):
                     got = mix(budget, decodes, left)
                     pair = isinstance(got, tuple | list) and len(got) == 2
                     said = f"mix({budget}, {decodes}, {left}): got {got!r}"

@@ -147,8 +147,8 @@ class Engine:
             self._groups[group] = []
             for sample in range(params.n):
                 key = noise_key(seed, sample)
-                request = self._admit(group + sample, prompt_ids, params, priority, group, sample, key, now)
-                request.cache_salt = cache_salt
+                name = group + sample
+                request = self._admit(name, prompt_ids, params, priority, group, sample, key, now, cache_salt)
                 self.scheduler.add(request)
         return group
 
@@ -162,6 +162,7 @@ class Engine:
         sample: int,
         key: int,
         now: float,
+        cache_salt: str,
     ) -> Request:
         """A request that the engine knows and the trace has noted; the scheduler has not seen it yet."""
         request = Request(
@@ -174,6 +175,7 @@ class Engine:
             group=group,
             sample=sample,
             noise_key=key,
+            cache_salt=cache_salt,
             t_arrived=now,
         )
         if self.tokenizer is not None:
@@ -182,7 +184,7 @@ class Engine:
         self._groups[group].append(request)
         if self.recorder is not None:
             self.recorder.add_request(
-                RequestInfo(request.id, tuple(prompt_ids), params.max_tokens, priority, group, sample, now)
+                RequestInfo(request.id, tuple(prompt_ids), params.max_tokens, priority, group, sample, now, cache_salt)
             )
         return request
 
@@ -222,8 +224,8 @@ class Engine:
             self._next_id += 1
             self._groups[child_id] = []
             prompt, now = parent.prompt_ids, self.clock()
-            child = self._admit(child_id, prompt, params, parent.priority, child_id, 0, key, now)
-            child.cache_salt = parent.cache_salt
+            salt = parent.cache_salt
+            child = self._admit(child_id, prompt, params, parent.priority, child_id, 0, key, now, salt)
             for token in parent.output_ids:
                 child.token_ids.append(token)
                 if child.text is not None:

@@ -68,6 +68,7 @@ class RequestInfo(NamedTuple):
     group: int = 0  # id of the first sample of the same prompt (its own id when n = 1)
     sample: int = 0  # index within the group
     t_arrived: float = 0.0  # seconds on the engine's clock
+    cache_salt: str = ""  # K/V are found again only under the same one
 
 
 class StepRecord(NamedTuple):

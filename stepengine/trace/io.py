@@ -211,6 +211,7 @@ READ_REQUEST = {
     "group": lambda v: _typed(v, int),
     "sample": lambda v: _typed(v, int),
     "t_arrived": _time,
+    "cache_salt": lambda v: _typed(v, str),
 }
 
 

@@ -275,7 +275,7 @@ class Replay:
             return
         info = self.trace.requests[request]
         tokens = (*info.prompt_ids, *s.outputs.get(request, ()))
-        space = self._namespaces.setdefault(getattr(info, "cache_salt", ""), len(self._namespaces))
+        space = self._namespaces.setdefault(info.cache_salt, len(self._namespaces))
         parent = s.holds[table[first - 1]] if first else -1 - space
         for at in range(first, upto // size):
             block, beginning = table[at], (parent, tokens[at * size : (at + 1) * size])

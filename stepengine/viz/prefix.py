@@ -80,7 +80,7 @@ def prefix_tree(trace: Trace, step: int = -1, request: int | None = None) -> "go
     grid = grid._replace(columns=len(columns), cell=cell, side=side, caption=0)
     rows = 1 + max(node.row for node in nodes)
     palette = Palette(trace)
-    title, subtitle = _tree_words(now, nodes, palette, request)
+    title, subtitle = _tree_words(trace, now, palette, request)
     height = TOP + rows * (side + ROW) + FOOT
     figure = new_figure(
         title, subtitle, _alt(nodes, palette), height=round(height), width=WIDTH,
@@ -182,10 +182,12 @@ def _path(replay: Replay, now: Snapshot, request: int | None) -> tuple[set[int],
         ]
         said = f"it starts in step {starts[0]}" if starts else "it never starts"
         raise TraceError(f"Request {request} takes no blocks in step {now.index}, so it has no path there; {said}.")
-    whole = chunk.cached // replay.block_size
-    table = now.table[request]
-    taken = {now.holds[block] for block in table[:whole] if block in now.holds}
-    return taken, {now.holds[block] for block in table[whole:] if block in now.holds}
+    size, table = replay.block_size, now.table[request]
+    taken, filled = table[: chunk.cached // size], table[max(chunk.start, chunk.cached) // size : chunk.end // size]
+    return (
+        {now.holds[block] for block in taken if block in now.holds},
+        {now.holds[block] for block in filled if block in now.holds},
+    )
 
 
 def _columns(nodes: Sequence[Node]) -> tuple[list[list[int]], set[int]]:
@@ -400,7 +402,7 @@ def _end_words(replay: Replay, now: Snapshot, node: Node, r: int, palette: Palet
     return f"{name} + {rest} token{'s' * (rest > 1)}, block not full"
 
 
-def _tree_words(now: Snapshot, nodes: Sequence[Node], palette: Palette, request: int | None) -> tuple[str, str]:
+def _tree_words(trace: Trace, now: Snapshot, palette: Palette, request: int | None) -> tuple[str, str]:
     shared = sum(now.refs.get(block, 0) > 1 for block in now.holds)
     kept = len(now.kept_blocks)
     gone = f" · {counted(len(now.evicted_blocks))} given up in this step" if now.evicted_blocks else ""
@@ -409,9 +411,9 @@ def _tree_words(now: Snapshot, nodes: Sequence[Node], palette: Palette, request:
         return f"Step {now.index}: {state}", f"one column is one whole block, one row a way to go on{gone}"
     chunk = next(chunk for chunk in now.chunks if chunk.request == request)
     who = palette.name([request])
-    title = f"{who} finds {chunk.cached} of its {chunk.end} tokens and computes {chunk.length}"
-    if not chunk.cached:
-        title = f"{who} finds nothing and computes all {chunk.length} tokens"
+    whole = max(chunk.end, len(trace.requests[request].prompt_ids))
+    title = f"{who} finds {chunk.cached or 'none'} of its {whole} tokens and computes {chunk.length}"
+    title += " in this step" * (chunk.end < whole)
     return title, f"step {now.index}: {state}{gone}"
 
 

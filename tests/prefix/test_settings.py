@@ -1,6 +1,7 @@
 """What `LLM` takes and refuses from stage 4 on, and that a salt keeps tenants apart."""
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -10,6 +11,7 @@ from stepengine.errors import InvalidRequest, InvalidSetting
 from stepengine.stage2_paged.block_pool import BlockPool
 from stepengine.stage4_chunked_prefix.block_pool import LeastRecentlyUsed
 from stepengine.stage4_chunked_prefix.prefix_index import RadixPrefixIndex
+from stepengine.trace import Replay, load, save
 
 GREEDY = SamplingParams(temperature=0, max_tokens=4, ignore_eos=True)
 
@@ -67,3 +69,13 @@ def test_a_fork_keeps_its_parents_salt(tiny: Callable[..., LLM]):
     engine.step()
     child = engine.fork(parent)
     assert engine.requests[child].cache_salt == "a"
+
+
+def test_a_trace_with_salts_replays_and_survives_saving(tiny: Callable[..., LLM], tmp_path: Path):
+    llm = tiny(stage="4b", block_size=4)
+    for salt in ("a", "b", "a"):
+        llm.generate([5] * 17, GREEDY, cache_salt=salt)
+    assert llm.trace is not None
+    loaded = load(save(llm.trace, tmp_path / "salts.jsonl"))
+    assert [info.cache_salt for info in loaded.requests.values()] == ["a", "b", "a"]
+    assert [len(seen.hit_blocks) for seen in Replay(loaded)][::4] == [0, 0, 4]

@@ -104,6 +104,21 @@ def test_a_path_is_what_was_found_and_what_is_new():
     assert "dotted: kept" in words and "wedge: found" in words
 
 
+def test_a_path_of_chunks_grows_chunk_by_chunk():
+    llm = engine(stage=4, max_num_batched_tokens=8)
+    llm.generate([HEAD], GREEDY.replace(max_tokens=1))
+    first = len(llm.trace.steps)
+    llm.generate([HEAD + [77] * 15], GREEDY.replace(max_tokens=1))
+    replay = Replay(llm.trace)
+    steps = range(first, len(llm.trace.steps))
+    chunks = [llm.trace.steps[t].plan.chunks[0] for t in steps]
+    assert [(c.start, c.end, c.cached) for c in chunks] == [(12, 20, 12), (20, 27, 0)]
+    counts = [[(n.found, n.new) for n in tree_of(replay, replay.at(t), 1)] for t in steps]
+    assert [(sum(f for f, _ in c), sum(n for _, n in c)) for c in counts] == [(3, 2), (0, 1)]
+    title = prefix_tree(llm.trace, first, 1).layout.title.text
+    assert title == "B finds 12 of its 27 tokens and computes 8 in this step"
+
+
 def test_references_and_letters_are_the_tables():
     llm = engine()
     for prompt in (HEAD + [60], HEAD + [61], HEAD[:8] + [62]):
