@@ -3,6 +3,7 @@
 import inspect
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from numbers import Integral
 from pathlib import Path
 from typing import Any
@@ -191,8 +192,8 @@ class LLM:
             "device": str(self.device),
             "dtype": str(self.dtype).removeprefix("torch."),
             **vars(limits),
-            "chunked": getattr(parts.scheduler, "chunks_prompts", False),
-            "batching": getattr(parts.scheduler, "batching", "continuous"),
+            "chunked": _said(parts.scheduler, "chunks_prompts", False),
+            "batching": _said(parts.scheduler, "batching", "continuous"),
             "kv_bytes_per_token": self.config.kv_bytes_per_token(self.dtype),
             "weight_bytes": sum(weight.nbytes for weight in decoder.parameters()),
             "versions": {"stepengine": stepengine.__version__, "torch": torch.__version__},
@@ -389,10 +390,15 @@ def _with_prefix_pool(parts: Parts, block_pool: Any, prefix_index: Any, evictor:
     return replace(parts, block_pool=prefix_pool(prefix_index, evictor))
 
 
+def _said(part: Any, name: str, default: Any) -> Any:
+    """What a part says of itself, one with some arguments filled in (`functools.partial`) too."""
+    return getattr(part.func if isinstance(part, partial) else part, name, default)
+
+
 def _check_chunks(
     scheduler: Any, budget: int, max_model_len: int, max_num_seqs: int | None, threshold: int | None
 ) -> None:
-    if not getattr(scheduler, "chunks_prompts", False):
+    if not _said(scheduler, "chunks_prompts", False):
         if budget < max_model_len:
             raise InvalidSetting(
                 f"max_num_batched_tokens is {budget}, below max_model_len {max_model_len}; without chunked prefill "

@@ -1,6 +1,7 @@
 """What `LLM` takes and refuses from stage 4 on, and that a salt keeps tenants apart."""
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ from stepengine.errors import InvalidRequest, InvalidSetting
 from stepengine.stage2_paged.block_pool import BlockPool
 from stepengine.stage4_chunked_prefix.block_pool import LeastRecentlyUsed
 from stepengine.stage4_chunked_prefix.prefix_index import RadixPrefixIndex
+from stepengine.stage4_chunked_prefix.scheduler import BudgetScheduler
 from stepengine.trace import Replay, load, save
 
 GREEDY = SamplingParams(temperature=0, max_tokens=4, ignore_eos=True)
@@ -43,6 +45,13 @@ def test_a_budget_alone_bounds_the_places(tiny: Callable[..., LLM]):
     llm = tiny(stage=4, max_num_batched_tokens=5, max_num_seqs=None)
     assert llm.engine.limits.max_num_seqs == 5
     assert len(llm.generate([[1] * 40] * 7, GREEDY)) == 7
+
+
+def test_a_scheduler_with_some_arguments_filled_in_still_chunks(tiny: Callable[..., LLM]):
+    oldest = partial(BudgetScheduler, pick_victim=lambda candidates: candidates[0])
+    llm = tiny(stage=4, scheduler=oldest, max_num_batched_tokens=5)
+    assert llm.trace is not None and llm.trace.meta["chunked"]
+    assert len(llm.generate([1] * 30, GREEDY)[0].outputs[0].token_ids) == 4
 
 
 @pytest.mark.parametrize("index", ["hash", "radix", RadixPrefixIndex])
