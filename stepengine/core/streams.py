@@ -11,6 +11,8 @@ from typing import NamedTuple, Protocol, TypeVar
 
 import torch
 
+from stepengine.core.interrupts import interrupts_held
+
 T = TypeVar("T")
 Work = Callable[[], torch.Tensor]  # runs a step; the ids it sampled, on the device
 
@@ -63,7 +65,8 @@ class Thread:
         self._last: Future[Landed] | None = None
 
     def launch(self, work: Work) -> Landing:
-        self._last = self._pool.submit(_as_here, torch.get_num_threads(), lambda: _timed(work))
+        with interrupts_held():  # Ctrl-C in between would leave work behind that `settle` knows nothing of
+            self._last = self._pool.submit(_as_here, torch.get_num_threads(), lambda: _timed(work))
         return _Later(self._last)
 
     def call(self, work: Callable[[], object]) -> None:

@@ -411,7 +411,7 @@ def decode_splits(batch: int, num_kv_heads: int, max_kv_len: int, num_sms: int) 
     for splits in (number for number in _SPLITS if number <= most):
         waves = batch * num_kv_heads * splits / at_once
         filled[splits] = waves / math.ceil(waves)
-    return next(splits for splits, share in filled.items() if share >= 0.85 * max(filled.values()))
+    return next(splits for splits, share in filled.items() if share >= 0.8 * max(filled.values()))
 
 
 def decode_workspace(batch: int, num_heads: int, head_dim: int, num_splits: int) -> int:

@@ -3,6 +3,7 @@
 import os
 import signal
 import threading
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -149,6 +150,34 @@ def test_ctrl_c_at_any_moment(
     while llm.engine.has_unfinished():
         got |= {out.request_id: out.outputs[0].token_ids for out in llm.engine.step()}
     assert got == dict(zip(ids, others, strict=True))
+    usable(llm)
+
+
+def test_ctrl_c_while_work_is_handed_over(
+    tiny: Callable[..., LLM], others: list[list[int]], usable: Callable[[LLM], None], monkeypatch: pytest.MonkeyPatch
+):
+    """The thread has the work, and the host has not yet noted so: it must not run beside what comes next."""
+    llm, handed = tiny(stage="3", pipelined=True, max_num_seqs=8), []
+    ids = [llm.engine.add_request(prompt, GREEDY) for prompt in OTHERS]
+    stream, attention = llm.engine.runner.stream, llm.engine.runner.attention
+    submit, forward = stream._pool.submit, attention.forward
+
+    def slow(*args: Any) -> Any:
+        time.sleep(0.02)
+        return forward(*args)
+
+    def interrupted(*args: Any) -> Any:
+        handed.append(submit(*args))
+        if len(handed) == 1:
+            ctrl_c()
+        return handed[-1]
+
+    monkeypatch.setattr(attention, "forward", slow)
+    monkeypatch.setattr(stream._pool, "submit", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        llm.engine.step()
+    assert handed[0].done()
+    finish_others(llm, ids, others)
     usable(llm)
 
 

@@ -214,11 +214,11 @@ def check_sample_rows(
     batch = SimpleNamespace(
         temperature=heat, noise_key=keys, kv_lens=positions, min_p=none, top_k=none.int(), top_p=none + 1
     )
-    requests = {
-        row: SimpleNamespace(params=SamplingParams(temperature=value), stop_ids=frozenset(), num_outputs=0)
-        for row, value in enumerate(temperatures)
-    }
-    expected, _ = sampler.sample(logits, batch, [SimpleNamespace(request=row) for row in requests], requests)  # type: ignore[arg-type]
+    requests = [
+        SimpleNamespace(params=SamplingParams(temperature=value), stop_ids=frozenset(), num_outputs=0)
+        for value in temperatures
+    ]
+    expected, _ = sampler.sample(logits, batch, requests)  # type: ignore[arg-type]
     distance = logits.double() - logits.double().max(-1, keepdim=True).values
     scores = torch.where(heat[:, None] > 0, distance / heat.double().clamp_min(1e-30)[:, None] + noise, distance)
     assert torch.equal(expected, scores.argmax(-1))

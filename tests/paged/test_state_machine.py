@@ -159,6 +159,11 @@ class PagedEngine(RuleBasedStateMachine):
         assert request.state is State.FINISHED and request.finish_reason == "abort"
         self.account.drop(request.id)
 
+    @precondition(lambda self: any(r.state is State.SWAPPED for r in self.requests.values()))
+    @rule(pick=st.integers(0, 99))
+    def abort_in_host_memory(self, pick):
+        self.abort(pick, State.SWAPPED)
+
     @rule()
     def abort_nobody(self):
         self.scheduler.finish(10_000, "abort")
