@@ -114,7 +114,9 @@ def _app() -> "typer.Typer":
     def ladder(
         model: Annotated[str, typer.Option(help="Catalogue name, local folder or hub id.")] = DEFAULT_MODEL,
         fast: Annotated[bool, typer.Option("--fast", help="Small request sets; in under a minute.")] = False,
-        stage: Annotated[list[str] | None, typer.Option(help="Only stage 0 and this one; may be repeated.")] = None,
+        stage: Annotated[
+            list[str] | None, typer.Option(help="Only rows for stage 0 and this one; may be repeated.")
+        ] = None,
         out: Annotated[Path | None, typer.Option(help="Folder for ladder.json and ladder.html.")] = None,
         as_json: Json = False,
     ) -> None:

@@ -32,13 +32,16 @@ def run(
     """Climb the stages on `model` in fp32; the result as plain data, written to `out` as well.
 
     `out` is the folder of `ladder.json` and `ladder.html`, by default a new one below `runs`. `stages`
-    leaves out all stages that it does not name, but for the first: it is the reference.
+    leaves out all stages that it does not name, but for the first: it is the reference. A stage that others are
+    held against runs as well, and has no row.
     """
     named = {find_stage(name) for name in stages or [stage.name for stage in STAGES]}
     began = time.perf_counter()
     climb = _Climb(model, fast, progress)
     order = [stage for stage in STAGES if stage in named or stage is STAGES[0]]
-    rows = [climb.stage(stage, _needed(order[turn + 1 :])) for turn, stage in enumerate(order)]
+    rows = [
+        climb.stage(stage, [held_against(later) for later in order[turn + 1 :]]) for turn, stage in enumerate(order)
+    ]
     fingerprint = machine()
     result = {
         "model": model,
@@ -57,10 +60,10 @@ def run(
     return result
 
 
-def _needed(later: Sequence[Stage]) -> list[str]:
-    """Stages that `later` ones are held against."""
-    metrics = [METRICS.get(stage.name, SPEED) for stage in later]
-    return [metric.against for metric in metrics if metric.against is not None]
+def held_against(stage: Stage) -> str:
+    """The stage whose numbers a stage's own metric is compared with; the first one stands alone."""
+    above = STAGES[max(0, STAGES.index(stage) - 1)].name
+    return METRICS.get(stage.name, SPEED).against or above
 
 
 render = report.render
@@ -72,14 +75,17 @@ class _Climb:
     def __init__(self, model: str, fast: bool, progress: bool) -> None:
         self.model, self.fast, self.progress = model, fast, progress
         self.climbed: dict[str, tuple[LLM, Run]] = {}  # in order, the first is the reference
+        self.above = ""  # the stage of the last row
+        self.rooms: dict[tuple[Callable[..., Any], str], LLM] = {}  # engines for sets that do not fit into those
         self.began = time.perf_counter()
 
     def stage(self, stage: Stage, wanted: Sequence[str] = ()) -> dict[str, Any]:
         """Measure one stage; its row of the result. Of those before it, only `wanted` ones are needed later."""
-        llm = self._load(stage)
-        # Without a cache a run takes long enough to be timed once, and is no close call.
-        done = list(self._rounds(lambda: self._run(llm, self.common, "common set"), once=not self.climbed))
-        middle = sorted(done, key=lambda run: run.tokens_per_s)[len(done) // 2]
+        before, is_first = held_against(stage), not self.climbed
+        if not is_first and before not in self.climbed:
+            self._climb(find_stage(before))
+        done = self._climb(stage)
+        _, middle = self.climbed[stage.name]
         summary = middle.summary
         row: dict[str, Any] = {
             "stage": stage.name,
@@ -92,26 +98,32 @@ class _Climb:
             "near_ties": 0,
             "note": "",
         }
-        if self.climbed:
+        if not is_first:
             found = verify.differences(*next(iter(self.climbed.values())), middle)
             row |= {"same_tokens": found.wrong == 0, "near_ties": found.near}
-            row |= self._gain(stage, llm, middle)
-        self.climbed[stage.name] = (llm, middle)
-        first = next(iter(self.climbed))
+            row |= self._gain(stage, before)
+        self.above, first = stage.name, next(iter(self.climbed))
         for name in [name for name in self.climbed if name not in (first, stage.name, *wanted)]:
             del self.climbed[name]
         return row
 
-    def _gain(self, stage: Stage, llm: LLM, middle: Run) -> dict[str, Any]:
+    def _climb(self, stage: Stage) -> list[Run]:
+        """Run the common set on a stage, which stays loaded; the runs, of which the middle one is remembered."""
+        llm = self._load(stage)
+        # Without a cache a run takes long enough to be timed once, and is no close call.
+        done = list(self._rounds(lambda: self._run(llm, self.common, "common set"), once=not self.climbed))
+        self.climbed[stage.name] = (llm, sorted(done, key=lambda run: run.tokens_per_s)[len(done) // 2])
+        return done
+
+    def _gain(self, stage: Stage, before: str) -> dict[str, Any]:
         """The stage's metric, before and after, and a reason where tokens/s did not move."""
         metric = METRICS.get(stage.name, SPEED)
-        before = metric.against if metric.against in self.climbed else list(self.climbed)[-1]
-        other, run_before = self.climbed[before]
+        (other, run_before), (llm, middle) = self.climbed[before], self.climbed[stage.name]
         arms: tuple[LLM, LLM] = (other, llm)
         pairs, own = [(run_before, middle)], None
         if metric.own_set is not None:
             own = metric.own_set(self.ids, self.fast)
-            arms = self._own_engines(metric, before, stage.name) if metric.settings else arms
+            arms = self._own_engines(metric, (before, stage.name)) if metric.settings else arms
             pairs = list(self._rounds(lambda: (self._run(arms[0], own, "own set"), self._run(arms[1], own, "own set"))))
         speed = Ratio.of([after.tokens_per_s / first.tokens_per_s for first, after in pairs])
         first, after = sorted(pairs, key=lambda pair: pair[1].tokens_per_s / pair[0].tokens_per_s)[len(pairs) // 2]
@@ -132,7 +144,7 @@ class _Climb:
                 **values[0],
                 "also": values[1:],
                 "against": before,
-                "note": (f"against stage {before}: " if before != list(self.climbed)[-1] else "")
+                "note": (f"against stage {before}: " if before != self.above else "")
                 + f"{len(after.workload.prompts)} requests, {'' if after.workload.after else 'outputs '}"
                 + after.workload.name
                 + (f"; tokens/s {speed.median:.2f}x" if own is not None else ""),
@@ -142,16 +154,18 @@ class _Climb:
             "note": report.why(run_before, middle),
         }
 
-    def _own_engines(self, metric: Metric, before: str, stage: str) -> tuple[LLM, LLM]:
+    def _own_engines(self, metric: Metric, names: tuple[str, str]) -> tuple[LLM, LLM]:
         """Engines for a set that does not fit into those of the common one; they run one copy of the weights."""
         assert metric.settings is not None
-        with _bar(self.progress, f"stage {stage:<3} loading {self.model}", 0):
-            other, llm = (runs.build(self.model, name, **metric.settings(name, self.fast)) for name in (before, stage))
-            arms = (other, llm)
-            runs.share_weights(arms)
-            for arm in arms:
-                runs.warm(arm, self.common)
-        return arms
+        for name in names:
+            if (metric.settings, name) not in self.rooms:
+                with _bar(self.progress, f"stage {name:<3} loading {self.model}", 0):
+                    llm = runs.build(self.model, name, **metric.settings(name, self.fast))
+                    runs.share_weights([*self.rooms.values(), llm])
+                    runs.warm(llm, self.common)
+                self.rooms[metric.settings, name] = llm
+        first, second = (self.rooms[metric.settings, name] for name in names)
+        return first, second
 
     def _rounds(self, measure: Callable[[], Any], once: bool = False) -> Iterator[Any]:
         for turn in range(1 if once or self.fast else ROUNDS):

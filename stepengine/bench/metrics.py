@@ -36,9 +36,9 @@ class Metric:
 
 
 def common_set(ids: Any, fast: bool) -> Workload:
-    """The requests that all stages run; in the fast form, stage 0 computes fewer than 12,000 tokens on them."""
+    """The requests that all stages run; in the fast form, stage 0 computes fewer than 5,000 tokens on them."""
     if fast:
-        return workloads.uniform(ids, seed=1, count=6, prompt=(24, 48), output=(8, 32))
+        return workloads.uniform(ids, seed=1, count=6, prompt=(24, 48), output=(6, 24))
     return workloads.uniform(ids, seed=1, count=16, prompt=(32, 64), output=(16, 48))
 
 
@@ -49,7 +49,8 @@ def uneven_set(ids: Any, fast: bool) -> Workload:
 
 def long_tailed_set(ids: Any, fast: bool) -> Workload:
     """Most requests short, a few as long as a slot."""
-    return workloads.lognormal(ids, seed=3, count=9 if fast else 20, prompt_mean=24, output_mean=32, most=128)
+    size = {"count": 9, "output_mean": 20} if fast else {"count": 20, "output_mean": 32}
+    return workloads.lognormal(ids, seed=3, prompt_mean=24, most=128, **size)
 
 
 def prompts_set(ids: Any, fast: bool) -> Workload:
@@ -71,7 +72,7 @@ def interrupted_set(ids: Any, fast: bool) -> Workload:
 def interrupted_again_set(ids: Any, fast: bool) -> Workload:
     """The same, but that the long prompts begin alike."""
     long = LONG[fast]
-    return workloads.long_arrivals(ids, 5, running=3, outputs=24 if fast else 48, long=long, count=2, shared=long - 32)
+    return workloads.long_arrivals(ids, 5, running=3, outputs=16 if fast else 48, long=long, count=2, shared=long - 32)
 
 
 def few_shot_set(ids: Any, fast: bool) -> Workload:
