@@ -39,7 +39,7 @@ def common_set(ids: Any, fast: bool) -> Workload:
     """The requests that all stages run; in the fast form, stage 0 computes fewer than 5,000 tokens on them."""
     if fast:
         return workloads.uniform(ids, seed=1, count=6, prompt=(24, 48), output=(6, 24))
-    return workloads.uniform(ids, seed=1, count=16, prompt=(32, 64), output=(16, 48))
+    return workloads.uniform(ids, seed=1, count=12, prompt=(32, 64), output=(16, 48))
 
 
 def uneven_set(ids: Any, fast: bool) -> Workload:
