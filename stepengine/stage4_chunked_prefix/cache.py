@@ -79,11 +79,12 @@ class PrefixCache:
         """All survive; blocks that are full now can be found from the next step on."""
         first, full = self.sealed.get(request.id, 0), upto // self.block_size
         if full > first:
-            keys = self._keys(request)
+            keys, seal = self._keys(request, full), self.pool.seal
             for at in range(first, full):
-                if not self.pool.seal(request.blocks[at], self._key(request, keys, at)):
+                if not seal(request.blocks[at], keys[at]):
                     break  # nor may any that continue it
-                self.sealed[request.id] = at + 1
+                first = at + 1
+            self.sealed[request.id] = first
         return upto
 
     def release(self, request: Request) -> None:
@@ -96,7 +97,7 @@ class PrefixCache:
         self.pool.share(parent.blocks)
         child.blocks.extend(parent.blocks)
         self.samples.setdefault(child.group, []).append(child)
-        self.keys[child] = list(self._keys(parent))
+        self.keys[child] = list(self._keys(parent, 0))
         self.sealed[child.id] = self.sealed.get(parent.id, 0)
 
     def swap_out(self, request: Request) -> Swap | None:
@@ -134,25 +135,23 @@ class PrefixCache:
 
     # -- what is found by its tokens ------------------------------------------------------------------
 
-    def _keys(self, request: Request) -> list[Key]:
+    def _keys(self, request: Request, count: int) -> list[Key]:
+        """The keys of a request's full blocks, at least of its first `count` ones."""
         keys = self.keys.get(request)
         if keys is None:
             keys = self.keys[request] = []
+        size, ids, salt = self.block_size, request.token_ids, request.cache_salt
+        key = keys[-1] if keys else None
+        for start in range(len(keys) * size, count * size, size):
+            key = Key(key, tuple(ids[start : start + size]), salt)
+            keys.append(key)
         return keys
-
-    def _key(self, request: Request, keys: list[Key], at: int) -> Key:
-        """The key of a request's block number `at`; those before it were asked for earlier."""
-        if at == len(keys):
-            size = self.block_size
-            tokens = tuple(request.token_ids[at * size : (at + 1) * size])
-            keys.append(Key(keys[-1] if keys else None, tokens, request.cache_salt))
-        return keys[at]
 
     def _found(self, request: Request) -> list[int]:
         """Blocks that hold the beginning of a request, its last token left out."""
-        keys, blocks = self._keys(request), []
-        for at in range((request.num_tokens - 1) // self.block_size):
-            block = self.pool.find(self._key(request, keys, at))
+        count, blocks = (request.num_tokens - 1) // self.block_size, []
+        for key in self._keys(request, count)[:count]:
+            block = self.pool.find(key)
             if block is None:
                 break
             blocks.append(block)

@@ -45,7 +45,7 @@ class Key:
     def __init__(self, parent: "Key | None", tokens: Tokens, salt: str = "") -> None:
         self.parent = parent
         self.tokens = tokens
-        self.salt = salt if parent is None else parent.salt
+        self.salt: str = salt if parent is None else parent.salt
         self.digest: int | None = None
         self.entry: Entry | None = None
 
@@ -63,26 +63,27 @@ class PrefixIndex(Protocol):
         """Forget an entry that no other continues."""
 
 
-def find_below(key: Key, look: Callable[[Key], Entry | None]) -> Entry | None:
-    """The entry of `key`, by a `look` at each key from the nearest beginning whose entry is known and still there.
+class _Index:
+    """Finds an entry from the nearest beginning whose entry is known and still there: as a rule, the parent's."""
 
-    As a rule that is the parent, so there is one look. `look(key)` relies on the entry of `key.parent`.
-    """
-    entry = key.entry
-    if entry is not None and entry.block:
-        return entry
-    above = key.parent
-    if above is not None and (above.entry is None or not above.entry.block):
-        path: list[Key] = []
+    def find(self, key: Key) -> Entry | None:
+        entry, above = key.entry, key.parent
+        if entry is not None and entry.block:
+            return entry
+        unknown: list[Key] = []
         while above is not None and (above.entry is None or not above.entry.block):
-            path.append(above)
+            unknown.append(above)
             above = above.parent
-        if any(look(step) is None for step in reversed(path)):
+        if unknown and any(self._look(step) is None for step in reversed(unknown)):
             return None
-    return look(key)
+        return self._look(key)
+
+    def _look(self, key: Key) -> Entry | None:
+        """The entry of `key`, whose parent has just been found; sets `key.entry`."""
+        raise NotImplementedError
 
 
-class HashPrefixIndex:
+class HashPrefixIndex(_Index):
     """One table from chained hash to entry, as in vLLM: a lookup costs one hash of one block's tokens.
 
     Two beginnings may have the same hash. So tokens are compared, and the parent must be the one that
@@ -93,9 +94,6 @@ class HashPrefixIndex:
     def __init__(self, digest: Callable[[tuple[int, Tokens]], int] = hash) -> None:
         self._digest = digest
         self._table: dict[int, Entry] = {}
-
-    def find(self, key: Key) -> Entry | None:
-        return find_below(key, self._look)
 
     def _look(self, key: Key) -> Entry | None:
         parent, digest = key.parent, key.digest
@@ -112,12 +110,12 @@ class HashPrefixIndex:
         return entry
 
     def add(self, key: Key, block: int) -> Entry | None:
-        parent = key.parent
-        if parent is not None and self.find(parent) is None:
+        above = self.find(key.parent) if key.parent is not None else None
+        if above is None and key.parent is not None:
             return None
         entry = self._look(key)
+        assert key.digest is not None  # looking made it
         if entry is None and key.digest not in self._table:
-            above = parent.entry if parent is not None else None
             entry = key.entry = self._table[key.digest] = Entry(block, above, key.tokens, key.salt, key.digest)
         return entry
 
@@ -128,7 +126,7 @@ class HashPrefixIndex:
             entry.parent.children -= 1
 
 
-class RadixPrefixIndex:
+class RadixPrefixIndex(_Index):
     """A radix tree over tokens, as in SGLang: an entry knows by their tokens the entries that continue it.
 
     An edge is one block of tokens, for that is what can be shared and evicted. So nothing is hashed but
@@ -138,9 +136,6 @@ class RadixPrefixIndex:
     def __init__(self) -> None:
         self._first: dict[str, dict[Tokens, Entry]] = {}  # by salt
 
-    def find(self, key: Key) -> Entry | None:
-        return find_below(key, self._look)
-
     def _look(self, key: Key) -> Entry | None:
         parent = key.parent
         edges = self._first.get(key.salt) if parent is None else parent.entry.place  # type: ignore[union-attr]
@@ -149,12 +144,11 @@ class RadixPrefixIndex:
         return entry
 
     def add(self, key: Key, block: int) -> Entry | None:
-        parent = key.parent
-        if parent is not None and self.find(parent) is None:
+        above = self.find(key.parent) if key.parent is not None else None
+        if above is None and key.parent is not None:
             return None
         entry = self._look(key)
         if entry is None:
-            above = parent.entry if parent is not None else None
             entry = key.entry = Entry(block, above, key.tokens, key.salt, None)
             if above is None:
                 self._first.setdefault(key.salt, {})[key.tokens] = entry

@@ -52,12 +52,9 @@ class ToTheLastToken(PrefixCache):
     """A prompt that is cached to its last token leaves nothing to run for its logits."""
 
     def _found(self, request):
-        keys, blocks = self._keys(request), []
-        for at in range(request.num_tokens // self.block_size):
-            block = self.pool.find(self._key(request, keys, at))
-            if block is None:
-                break
-            blocks.append(block)
+        request.token_ids.append(0)
+        blocks = super()._found(request)
+        request.token_ids.pop()
         return blocks
 
 
@@ -67,22 +64,21 @@ class BeforeItIsComputed(PrefixCache):
     def grow(self, request, upto):
         grant = super().grow(request, upto)
         if grant is not None:
-            table = [*request.blocks, *grant.blocks]
-            for at in range(self.sealed.get(request.id, 0), upto // self.block_size):
-                self.pool.seal(table[at], self._key(request, self._keys(request), at))
+            table, full = [*request.blocks, *grant.blocks], upto // self.block_size
+            for at in range(self.sealed.get(request.id, 0), full):
+                self.pool.seal(table[at], self._keys(request, full)[at])
         return grant
 
 
 class KeyWithoutItsParent(PrefixCache):
-    def _key(self, request, keys, at):
-        size = self.block_size
-        return Key(None, tuple(request.token_ids[at * size : (at + 1) * size]), request.cache_salt)
+    def _keys(self, request, count):
+        return [Key(None, key.tokens, key.salt) for key in super()._keys(request, count)]
 
 
 class NoSalt(PrefixCache):
-    def _key(self, request, keys, at):
+    def _keys(self, request, count):
         request.cache_salt = ""
-        return super()._key(request, keys, at)
+        return super()._keys(request, count)
 
 
 class PointsAtFreedBlocks(PrefixCache):

@@ -32,9 +32,10 @@ REQUESTS = st.lists(
     budget=st.sampled_from([6, 7, 17, 48, 200]),
     most=st.sampled_from([None, 1, 5, 16]),
     pipelined=st.booleans(),
+    graphs=st.sampled_from([False, "padded"]),
 )
 def test_tokens_do_not_depend_on_chunks_and_hits(
-    asked, stage, index, size, spare, how, places, budget, most, pipelined
+    asked, stage, index, size, spare, how, places, budget, most, pipelined, graphs
 ):
     prompts = [
         [10 * start + at % 7 for at in range(common)] + [(100 + 9 * i + at) % 200 for at in range(own)]
@@ -48,12 +49,13 @@ def test_tokens_do_not_depend_on_chunks_and_hits(
     need = max(-(-(len(prompt) + own.max_tokens) // size) for prompt, own in zip(prompts, params, strict=True))
     more = {"block_size": size, "num_blocks": need + spare, "preemption": how, "max_num_seqs": places}
     more |= {"max_num_batched_tokens": budget, "long_prefill_token_threshold": most} if stage != "4b" else {}
+    more |= {"pipelined": pipelined, "cuda_graphs": graphs}
     more |= {"prefix_index": index} if stage != "4a" else {}
     right = [
         [sample.token_ids for sample in output.outputs]
         for output in LLM("tiny-random", stage=0, max_model_len=64).generate(prompts, params)
     ]
-    llm = LLM("tiny-random", max_model_len=64, stage=stage, pipelined=pipelined, **more)
+    llm = LLM("tiny-random", max_model_len=64, stage=stage, **more)
     for _ in range(2):  # the second time much is found again
         outputs = llm.generate(prompts, params, priority=priorities)
         assert [[sample.token_ids for sample in output.outputs] for output in outputs] == right
