@@ -57,9 +57,9 @@ def ladder_bars(result: Mapping[str, Any]) -> "go.Figure":
             "color": [PAPER if s.get("same_tokens") is False else AFTER for s in stages],
             "line": {"color": readable(AFTER), "width": 1},
         },
-        text=[_number(v) + ("<br>other tokens" if s.get("same_tokens") is False else "")
+        text=[(f"{v:.0f}" if v >= 10 else _number(v)) + ("<br>other tokens" if s.get("same_tokens") is False else "")
               for v, s in zip(speeds, stages, strict=True)],
-        textposition="outside", textfont={"color": INK, "size": 12}, cliponaxis=False,
+        textposition="outside", textfont={"color": INK, "size": 12}, constraintext="none", cliponaxis=False,
         hovertemplate="stage %{x}: %{y:,.4g} tokens/s<extra></extra>", **at,
     )  # fmt: skip
     _axis(figure, at, speeds, "tokens/s")
