@@ -195,9 +195,10 @@ def _title(shares: Mapping[str, float | None], steps: int) -> str:
     known = [(name, _percent(share)) for name, share in shares.items() if share is not None]
     if not known:
         return f"What the host did in {steps} steps; the device's times were not recorded"
+    drawn = "this step" if steps == 1 else f"these {steps} steps"
     if len(known) == 1:
-        return f"{known[0][0]}: the device idles {known[0][1]} of the time"
-    return "Idle time of the device: " + ", ".join(f"{share} {name}" for name, share in known)
+        return f"{known[0][0]}: the device idles {known[0][1]} of {drawn}"
+    return f"Device idle in {drawn}: " + ", ".join(f"{share} {name}" for name, share in known)
 
 
 def _key(drawn: Sequence[Lanes]) -> str:

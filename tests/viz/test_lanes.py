@@ -108,7 +108,7 @@ def test_the_figure_draws_the_spans_of_the_window():
         "<b>eager</b>  device idle 44 %",  # 8 of 18
         "<b>ahead</b>  device idle 22 %",  # the first 2 of 9
     ]
-    assert figure.layout.title.text == "Idle time of the device: 44 % eager, 22 % ahead"
+    assert figure.layout.title.text == "Device idle in these 2 steps: 44 % eager, 22 % ahead"
     assert "44 %" in figure.layout.meta["alt"] and figure.layout.xaxis.title.text == "time (ms)"
     assert {round(end, 6) for _, end in bars(figure, "plan")} >= {1, 10}
 
