@@ -76,7 +76,7 @@ class _Climb:
         self.model, self.fast, self.progress = model, fast, progress
         self.climbed: dict[str, tuple[LLM, Run]] = {}  # in order, the first is the reference
         self.above = ""  # the stage of the last row
-        self.rooms: dict[tuple[Callable[..., Any], str], LLM] = {}  # engines for sets that do not fit into those
+        self.rooms: dict[Callable[..., Any], dict[str, LLM]] = {}  # by settings: engines for sets that do not fit
         self.began = time.perf_counter()
 
     def stage(self, stage: Stage, wanted: Sequence[str] = ()) -> dict[str, Any]:
@@ -157,15 +157,14 @@ class _Climb:
     def _own_engines(self, metric: Metric, names: tuple[str, str]) -> tuple[LLM, LLM]:
         """Engines for a set that does not fit into those of the common one; they run one copy of the weights."""
         assert metric.settings is not None
+        rooms = self.rooms.setdefault(metric.settings, {})
         for name in names:
-            if (metric.settings, name) not in self.rooms:
+            if name not in rooms:
                 with _bar(self.progress, f"stage {name:<3} loading {self.model}", 0):
-                    llm = runs.build(self.model, name, **metric.settings(name, self.fast))
-                    runs.share_weights([*self.rooms.values(), llm])
-                    runs.warm(llm, self.common)
-                self.rooms[metric.settings, name] = llm
-        first, second = (self.rooms[metric.settings, name] for name in names)
-        return first, second
+                    rooms[name] = runs.build(self.model, name, **metric.settings(name, self.fast))
+                    runs.share_weights(rooms.values())
+                    runs.warm(rooms[name], self.common)
+        return rooms[names[0]], rooms[names[1]]
 
     def _rounds(self, measure: Callable[[], Any], once: bool = False) -> Iterator[Any]:
         for turn in range(1 if once or self.fast else ROUNDS):

@@ -4,6 +4,7 @@ A block's K/V depend on its tokens and on every token before them. So both answe
 together with all that came before it, and both compare token ids before they say yes.
 """
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from typing import Any, Protocol
 from zlib import crc32
@@ -63,8 +64,8 @@ class PrefixIndex(Protocol):
         """Forget an entry that no other continues."""
 
 
-class _Index:
-    """Finds an entry from the nearest beginning whose entry is known and still there: as a rule, the parent's."""
+class _Index(ABC):
+    """Goes from the nearest beginning whose entry is known and still there: as a rule, the parent's."""
 
     def find(self, key: Key) -> Entry | None:
         entry, above = key.entry, key.parent
@@ -78,9 +79,22 @@ class _Index:
             return None
         return self._look(key)
 
+    def add(self, key: Key, block: int) -> Entry | None:
+        above = self.find(key.parent) if key.parent is not None else None
+        if above is None and key.parent is not None:
+            return None
+        entry = self._look(key)
+        if entry is None:
+            entry = key.entry = self._put(key, block, above)
+        return entry
+
+    @abstractmethod
     def _look(self, key: Key) -> Entry | None:
         """The entry of `key`, whose parent has just been found; sets `key.entry`."""
-        raise NotImplementedError
+
+    @abstractmethod
+    def _put(self, key: Key, block: int, above: Entry | None) -> Entry | None:
+        """A new entry for a key that was just looked for in vain; None where it has no place."""
 
 
 class HashPrefixIndex(_Index):
@@ -109,14 +123,11 @@ class HashPrefixIndex(_Index):
         key.entry = entry
         return entry
 
-    def add(self, key: Key, block: int) -> Entry | None:
-        above = self.find(key.parent) if key.parent is not None else None
-        if above is None and key.parent is not None:
-            return None
-        entry = self._look(key)
+    def _put(self, key: Key, block: int, above: Entry | None) -> Entry | None:
         assert key.digest is not None  # looking made it
-        if entry is None and key.digest not in self._table:
-            entry = key.entry = self._table[key.digest] = Entry(block, above, key.tokens, key.salt, key.digest)
+        if key.digest in self._table:
+            return None
+        entry = self._table[key.digest] = Entry(block, above, key.tokens, key.salt, key.digest)
         return entry
 
     def remove(self, entry: Entry) -> None:
@@ -143,18 +154,13 @@ class RadixPrefixIndex(_Index):
         key.entry = entry
         return entry
 
-    def add(self, key: Key, block: int) -> Entry | None:
-        above = self.find(key.parent) if key.parent is not None else None
-        if above is None and key.parent is not None:
-            return None
-        entry = self._look(key)
-        if entry is None:
-            entry = key.entry = Entry(block, above, key.tokens, key.salt, None)
-            if above is None:
-                self._first.setdefault(key.salt, {})[key.tokens] = entry
-            else:
-                above.place = above.place or {}
-                above.place[key.tokens] = entry
+    def _put(self, key: Key, block: int, above: Entry | None) -> Entry | None:
+        entry = Entry(block, above, key.tokens, key.salt, None)
+        if above is None:
+            self._first.setdefault(key.salt, {})[key.tokens] = entry
+        else:
+            above.place = above.place or {}
+            above.place[key.tokens] = entry
         return entry
 
     def remove(self, entry: Entry) -> None:
