@@ -10,6 +10,7 @@ import time
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
+MODEL = "smollm2-135m"
 WORKERS = min(4, os.cpu_count() or 1)
 PARALLEL = ["-n", str(WORKERS), "--dist", "loadfile"]
 NBVAL = ["--nbval", "--nbval-current-env", "--nbval-sanitize-with", "nbval_sanitize.cfg", "--nbval-cell-timeout", "180"]
@@ -24,6 +25,8 @@ def checks() -> dict[str, list[str]]:
     }
     folders = [name for name in ("notebooks", "notebooks/solutions") if any((ROOT / name).glob("*.ipynb"))]
     if folders:
+        # made once and kept: notebooks that need it at the same time would wait for one another
+        listed["quantised model"] = ["stepengine", "generate", MODEL, "Hello", "--stage", "5", "--max-tokens", "1"]
         listed["notebooks"] = ["pytest", *NBVAL, *PARALLEL, "-q", *[str(p) for n in folders for p in notebooks(n)]]
     listed["tests"] = ["pytest", *PARALLEL, "tests"]
     return listed

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 
 BAD_INPUT = 2
 DEFAULT_MODEL = "smollm2-135m"
+DAMPING = 0.03  # of `stage5_gptq.gptq.Method`, which is not imported before it is needed
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -111,6 +112,38 @@ def _app() -> "typer.Typer":
         print()
 
     @app.command()
+    def quantize(
+        model: Model,
+        out: Annotated[Path, typer.Option(help="The folder to write: a GPTQ checkpoint that other engines load, too.")],
+        bits: Annotated[int, typer.Option(help="2, 3, 4 or 8.")] = 4,
+        group_size: Annotated[int, typer.Option(help="Columns that share a scale; -1: whole rows.")] = 64,
+        symmetric: Annotated[bool, typer.Option("--symmetric", help="The zero point is the middle code.")] = False,
+        rtn: Annotated[bool, typer.Option("--rtn", help="Round to nearest: no GPTQ, no text.")] = False,
+        clip: Annotated[bool, typer.Option(help="Search for narrower ranges that round better.")] = True,
+        act_order: Annotated[bool, typer.Option(help="Round the columns with the largest inputs first.")] = True,
+        damping: Annotated[float, typer.Option(help="Of the Hessian's diagonal, as a part of its mean.")] = DAMPING,
+        text: Annotated[
+            Path | None, typer.Option(help="Calibration text, a file or a folder; default: Python's own help texts.")
+        ] = None,
+        samples: Annotated[int, typer.Option(help="Pieces of calibration text.")] = 32,
+        length: Annotated[int, typer.Option(help="Tokens of a piece.")] = 512,
+        device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
+    ) -> None:
+        """Quantise a model's linear layers and write the result; interrupted, the same command goes on."""
+        from stepengine.model.catalog import resolve
+        from stepengine.stage5_gptq.calibrate import Recipe
+        from stepengine.stage5_gptq.gptq import Method
+        from stepengine.stage5_gptq.grid import Grid
+        from stepengine.stage5_gptq.loader import quantize_folder
+
+        _quiet_transformers()
+        method = None if rtn else Method(damping, act_order)
+        recipe = Recipe(Grid(bits, group_size, symmetric, clip), method, samples, length, text)
+        work = out.absolute().parent / f".{out.name}.partial"
+        quantize_folder(resolve(model), out, recipe, work, device)
+        print(f"{out}: {bits} bits, {_size(out)}; run it with LLM({str(out)!r}, stage=5)")
+
+    @app.command()
     def ladder(
         model: Annotated[str, typer.Option(help="Catalogue name, local folder or hub id.")] = DEFAULT_MODEL,
         fast: Annotated[bool, typer.Option("--fast", help="Small request sets; in under a minute.")] = False,
@@ -148,6 +181,10 @@ def _print_report(as_json: bool) -> None:
         _print_json(report.as_dict())
     else:
         print(_doctor.as_text(report))
+
+
+def _size(folder: Path) -> str:
+    return f"{sum(file.stat().st_size for file in folder.iterdir()) / 1e6:.1f} MB"
 
 
 def _print_json(value: Any) -> None:

@@ -23,8 +23,7 @@ from stepengine.core.seams import Limits, Parts
 from stepengine.core.streams import Cuda, Inline, Stream, Thread
 from stepengine.errors import InvalidRequest, InvalidSetting, ModelError, StepEngineError
 from stepengine.model.catalog import resolve
-from stepengine.model.config import ModelConfig, check_run_length, require_unquantized
-from stepengine.model.loader import load_decoder
+from stepengine.model.config import ModelConfig, check_run_length
 from stepengine.sizing import DEFAULT_SEQS, Sizes, check_count, fit_blocks, fit_host_blocks, fit_slots, measured_blocks
 from stepengine.stage0_naive.attention import RecomputedAttention
 from stepengine.stages import check_settings, find_stage
@@ -48,8 +47,10 @@ class LLM:
     From stage 3: cuda_graphs (on a GPU, replay captured steps; "padded", on any device: run steps at
     the sizes of the graphs, kernel by kernel), pipelined (launch a step while the one before it runs;
     on a CPU in a thread). From stage 4: long_prefill_token_threshold (most tokens of one prompt in a
-    step), prefix_index "hash" or "radix", evictor (the reader's own). Raises `InvalidSetting` or
-    `ModelError`.
+    step), prefix_index "hash" or "radix", evictor (the reader's own). From stage 5, whose model is a GPTQ
+    checkpoint or is quantised once and kept: bits 2, 3, 4 or 8, group_size (columns that share a scale;
+    -1: whole rows), quantization "gptq" or "rtn" (round to nearest), int8_head (embedding and head in 8
+    bits). Raises `InvalidSetting` or `ModelError`.
     """
 
     def __init__(
@@ -78,6 +79,10 @@ class LLM:
         long_prefill_token_threshold: int | None = None,
         prefix_index: str | Callable[..., Any] | None = None,
         evictor: Callable[..., Any] | None = None,
+        bits: int | None = None,
+        group_size: int | None = None,
+        quantization: str | None = None,
+        int8_head: bool | None = None,
         **later: Any,
     ) -> None:
         self.stage = find_stage(stage)
@@ -85,7 +90,8 @@ class LLM:
         staged = {"block_pool": block_pool, "block_size": block_size, **vars(sizes), "max_num_seqs": None}
         staged |= {"cuda_graphs": cuda_graphs, "pipelined": pipelined, "prefix_index": prefix_index}
         staged |= {"evictor": evictor, "long_prefill_token_threshold": long_prefill_token_threshold}
-        check_settings(self.stage, {**staged, **later}, _names())
+        quantized = {"bits": bits, "group_size": group_size, "quantization": quantization, "int8_head": int8_head}
+        check_settings(self.stage, {**staged, **quantized, **later}, _names())
         own = {"scheduler": scheduler, "cache": cache, "attention": attention, "block_pool": block_pool}
         for name, part in own.items():
             if part is not None and not callable(part):
@@ -97,6 +103,8 @@ class LLM:
             check_count(name, value)
         if prefix_index is not None or evictor is not None:
             parts = _with_prefix_pool(parts, block_pool, prefix_index, evictor)
+        if any(value is not None for value in quantized.values()):  # of stage 5, or they would have been refused
+            parts = replace(parts, prepare_model=partial(parts.prepare_model, **quantized))
         sizes.check()
         if not isinstance(seed, int) or isinstance(seed, bool):
             raise InvalidSetting(f"seed is {seed!r}; it must be a whole number.")
@@ -106,7 +114,6 @@ class LLM:
         self.name = str(model)
         folder = resolve(model)
         self.config = ModelConfig.from_folder(folder)
-        require_unquantized(self.config)
         self.dtype = _dtype(dtype, self.device, self.config)
         max_model_len = max_model_len or min(2048, self.config.max_position_embeddings)
         if max_model_len > self.config.max_position_embeddings:
@@ -134,7 +141,7 @@ class LLM:
             host_blocks = fit_host_blocks(sizes, block_bytes, seqs * table_length)
 
         self.tokenizer = _load_tokenizer(folder)
-        decoder = parts.prepare_model(load_decoder(folder, self.device, self.dtype, max_model_len))
+        decoder = parts.prepare_model(folder, self.device, self.dtype, max_model_len)
         if num_blocks is None:
             most = seqs * table_length
             num_blocks = measured_blocks(sizes, block_bytes, most, decoder, self.device, max_model_len, budget, seqs)

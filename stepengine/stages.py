@@ -38,6 +38,7 @@ STAGES = (
     Stage("4a", "stage4_chunked_prefix", "chunked prefill", "PARTS_A"),
     Stage("4b", "stage4_chunked_prefix", "prefix caching", "PARTS_B"),
     Stage("4", "stage4_chunked_prefix", "chunked prefill and prefix caching"),
+    Stage("5", "stage5_gptq", "weights of 4 bits"),
 )
 
 ARRIVES = {
@@ -55,6 +56,8 @@ ARRIVES = {
     "evictor": 4,
     "bits": 5,
     "group_size": 5,
+    "quantization": 5,
+    "int8_head": 5,
 }
 """The first stage that has a setting; settings that are not listed belong to every stage."""
 

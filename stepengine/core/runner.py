@@ -66,10 +66,10 @@ class Runner:
         self.pool = pool
         self.graphs = graphs
         self.stream = stream or Inline()
-        rows, weight = staging.max_rows, model.embed.weight
-        self._sampled = torch.zeros(rows, dtype=torch.int64, device=weight.device)
+        rows, norm = staging.max_rows, model.norm
+        self._sampled = torch.zeros(rows, dtype=torch.int64, device=norm.device)
         kept = rows if graphs is not None else 0  # rows whose logits may be wanted after a replay
-        self._hidden = torch.zeros(kept, weight.shape[1], dtype=weight.dtype, device=weight.device)
+        self._hidden = torch.zeros(kept, len(norm), dtype=norm.dtype, device=norm.device)
 
     @torch.inference_mode()
     def move(self, plan: StepPlan) -> None:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 from stepengine.core.plan import Copy, StepPlan, Swap
 from stepengine.core.request import Request
+from stepengine.model.loader import load_decoder
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -141,11 +142,6 @@ class AttentionBackend(Protocol):
         """q [T, Hq, D], k and v [T, Hk, D], after RoPE -> [T, Hq, D]."""
 
 
-def unchanged(model: "Decoder") -> "Decoder":
-    """The `prepare_model` of a stage that leaves the model as it was loaded."""
-    return model
-
-
 @dataclass(frozen=True)
 class Parts:
     """One of each role: a stage of the engine."""
@@ -154,5 +150,5 @@ class Parts:
     cache: Callable[..., KVCache]  # (limits), from stage 2 (limits, block pool)
     attention: Callable[["ModelConfig", "KVPool"], AttentionBackend]
     block_size: Callable[[int, int | None], int]  # (max_model_len, block_size asked for) -> tokens a block
-    prepare_model: Callable[["Decoder"], "Decoder"] = unchanged
+    prepare_model: Callable[..., "Decoder"] = load_decoder  # (folder, device, dtype, max_model_len)
     block_pool: Callable[[int], BlockPool] | None = None  # (num_blocks); None before stage 2

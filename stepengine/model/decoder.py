@@ -83,9 +83,14 @@ class Decoder(nn.Module):
             self.layers = nn.ModuleList(Layer(config, index) for index in range(config.num_layers))
             self.norm = nn.Parameter(torch.empty(config.hidden_size))
             self.head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.to(dtype).allocate(device, max_len)
+
+    def allocate(self, device: torch.device | str, max_len: int | None = None) -> None:
+        """Give all weights memory on `device`, for what is in it now; what they were is lost."""
+        config = self.config
         if config.tie_word_embeddings:
             del self.head.weight  # never allocate it a second time
-        self.to(dtype).to_empty(device=device).requires_grad_(False)
+        self.to_empty(device=device).requires_grad_(False)
         if config.tie_word_embeddings:
             self.head.weight = self.embed.weight
         cos, sin = ops.rope_tables(config, max_len or config.max_position_embeddings, device)

@@ -65,32 +65,37 @@ def weight_files(folder: str | Path) -> list[Path]:
 
 def checkpoint_tensors(decoder: Decoder) -> dict[str, Tensor]:
     """Where each tensor of a Hugging Face checkpoint goes: its name -> a view of the decoder's weights."""
-    config = decoder.config
-    targets = {"model.embed_tokens.weight": decoder.embed.weight.data, "model.norm.weight": decoder.norm.data}
-    if not config.tie_word_embeddings:
-        targets["lm_head.weight"] = decoder.head.weight.data
+    targets = tables_and_norms(decoder)
     for layer in decoder.layers:
         assert isinstance(layer, Layer)
-        for name, target in _layer_targets(layer, config).items():
+        for name, target in _matrices(layer, decoder.config).items():
             targets[f"model.layers.{layer.index}.{name}"] = target
     return targets
 
 
-def _layer_targets(layer: Layer, config: ModelConfig) -> dict[str, Tensor]:
+def tables_and_norms(decoder: Decoder) -> dict[str, Tensor]:
+    """Those of `checkpoint_tensors` that belong to no matrix product of a layer: tables and norms."""
+    targets = {"model.embed_tokens.weight": decoder.embed.weight.data, "model.norm.weight": decoder.norm.data}
+    if not decoder.config.tie_word_embeddings:
+        targets["lm_head.weight"] = decoder.head.weight.data
+    for layer in decoder.layers:
+        assert isinstance(layer, Layer)
+        norms = {"input_layernorm": layer.input_norm, "post_attention_layernorm": layer.post_norm}
+        if layer.q_norm is not None and layer.k_norm is not None:
+            norms |= {"self_attn.q_norm": layer.q_norm, "self_attn.k_norm": layer.k_norm}
+        targets |= {f"model.layers.{layer.index}.{name}.weight": norm.data for name, norm in norms.items()}
+    return targets
+
+
+def _matrices(layer: Layer, config: ModelConfig) -> dict[str, Tensor]:
+    """The weights and biases of a layer's matrix products."""
     q, kv = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
-    targets = {
-        "input_layernorm.weight": layer.input_norm.data,
-        "post_attention_layernorm.weight": layer.post_norm.data,
-        "self_attn.o_proj.weight": layer.o.weight.data,
-        "mlp.down_proj.weight": layer.down.weight.data,
-    }
+    targets = {"self_attn.o_proj.weight": layer.o.weight.data, "mlp.down_proj.weight": layer.down.weight.data}
     gate, up = layer.gate_up.weight.data.chunk(2)
     targets |= {"mlp.gate_proj.weight": gate, "mlp.up_proj.weight": up}
     for key in ("weight", "bias") if config.qkv_bias else ("weight",):
         parts = getattr(layer.qkv, key).data.split((q, kv, kv))
         targets |= {f"self_attn.{name}_proj.{key}": part for name, part in zip("qkv", parts, strict=True)}
-    if layer.q_norm is not None and layer.k_norm is not None:
-        targets |= {"self_attn.q_norm.weight": layer.q_norm.data, "self_attn.k_norm.weight": layer.k_norm.data}
     return targets
 
 

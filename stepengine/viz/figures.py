@@ -15,6 +15,15 @@ from stepengine.viz.ladder import ladder_bars
 from stepengine.viz.lanes import host_device_lanes
 from stepengine.viz.measures import kv_memory, latency_percentiles, step_time
 from stepengine.viz.prefix import prefix_hits, prefix_tree, ttft_by_hits
+from stepengine.viz.quantized import (
+    error_fill,
+    hessian,
+    int4_speed,
+    on_grid,
+    perplexity,
+    weight_bytes,
+    weight_memory,
+)
 from stepengine.viz.roofline import kernel_bars, record_roofline, roofline
 from stepengine.viz.sharing import ref_counts
 from stepengine.viz.states import request_states
@@ -30,15 +39,20 @@ __all__ = [
     "budget_sweep",
     "compare_timelines",
     "digest",
+    "error_fill",
     "fragmentation",
     "hbm_traffic",
+    "hessian",
     "host_device_lanes",
+    "int4_speed",
     "kernel_bars",
     "kernel_loads",
     "kv_memory",
     "ladder_bars",
     "latency_percentiles",
     "mixed_schedule",
+    "on_grid",
+    "perplexity",
     "recomputation_triangle",
     "prefix_hits",
     "prefix_tree",
@@ -50,4 +64,6 @@ __all__ = [
     "step_time",
     "tile_walk",
     "ttft_by_hits",
+    "weight_bytes",
+    "weight_memory",
 ]

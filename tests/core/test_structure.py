@@ -63,7 +63,7 @@ def allowed(path: Path, module: str, lazy: bool) -> bool:
     stage = re.match(r"stage(\d)_", here)
     if stage:
         earlier = re.match(r"stage(\d)_", there)
-        return there in ("core", "model") or (earlier is not None and earlier[1] < stage[1])
+        return there in ("core", "model", "") or (earlier is not None and earlier[1] < stage[1])
     if here in ("errors", "model"):
         return False
     if here == "core":
