@@ -15,15 +15,8 @@ from stepengine.viz.ladder import ladder_bars
 from stepengine.viz.lanes import host_device_lanes
 from stepengine.viz.measures import kv_memory, latency_percentiles, step_time
 from stepengine.viz.prefix import prefix_hits, prefix_tree, ttft_by_hits
-from stepengine.viz.quantized import (
-    error_fill,
-    hessian,
-    int4_speed,
-    on_grid,
-    perplexity,
-    weight_bytes,
-    weight_memory,
-)
+from stepengine.viz.quantized import error_fill, hessian, on_grid
+from stepengine.viz.quantized_costs import int4_speed, perplexity, weight_bytes, weight_memory
 from stepengine.viz.roofline import kernel_bars, record_roofline, roofline
 from stepengine.viz.sharing import ref_counts
 from stepengine.viz.states import request_states

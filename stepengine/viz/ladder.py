@@ -18,7 +18,9 @@ def ladder_bars(result: Mapping[str, Any]) -> "go.Figure":
     """Small multiples, one per stage that has a metric: before and after; then tokens/s of every stage.
 
     `result["stages"]` is a list of {"stage", "metric": {"name", "unit", "before", "after", "better", "note",
-    "against"} or None, "tokens_per_s", "same_tokens"}; `better` is "lower" or "higher", `against` the stage before.
+    "against"} or None, "tokens_per_s", "same_tokens", "agreement"}; `better` is "lower" or "higher", `against` the
+    stage before. A stage with weights of its own has None for `same_tokens`, and in `agreement` the share of its
+    tokens that the first stage would have chosen.
     """
     from plotly.subplots import make_subplots
 
@@ -56,9 +58,9 @@ def ladder_bars(result: Mapping[str, Any]) -> "go.Figure":
         marker={
             "color": [PAPER if s.get("same_tokens") is False else AFTER for s in stages],
             "line": {"color": readable(AFTER), "width": 1},
+            "pattern": {"shape": ["/" if _own(s) else "" for s in stages], "fgcolor": PAPER, "size": 5},
         },
-        text=[(f"{v:.0f}" if v >= 10 else _number(v)) + ("<br>other tokens" if s.get("same_tokens") is False else "")
-              for v, s in zip(speeds, stages, strict=True)],
+        text=[(f"{v:.0f}" if v >= 10 else _number(v)) + _aside(s) for v, s in zip(speeds, stages, strict=True)],
         textposition="outside", textfont={"color": INK, "size": 12}, constraintext="none", cliponaxis=False,
         hovertemplate="stage %{x}: %{y:,.4g} tokens/s<extra></extra>", **at,
     )  # fmt: skip
@@ -67,7 +69,6 @@ def ladder_bars(result: Mapping[str, Any]) -> "go.Figure":
     figure.update_xaxes(title_text="stage", **at)
     figure.update_annotations(font={"size": 13, "color": INK})
     gains = [f"{s['stage']} {_gain(s['metric'])}" for s in climbing]
-    same = all(s.get("same_tokens") is not False for s in stages)
     alt = "; ".join(
         f"stage {s['stage']}, {s['metric']['name']}: {_number(s['metric']['before'])} before, "
         f"{_number(s['metric']['after'])} after ({s['metric']['unit']})" for s in climbing
@@ -75,13 +76,35 @@ def ladder_bars(result: Mapping[str, Any]) -> "go.Figure":
     dressed(
         figure,
         _title(gains, stages),
-        "each stage against an earlier one, on the metric it exists for; "
-        + ("all give the same tokens" if same else "white bars: not the same tokens as stage 0"),
+        "each stage against an earlier one, on the metric it exists for; " + _tokens(stages),
         f"{alt}. Tokens/s by stage: " + ", ".join(f"{s['stage']} {_number(s['tokens_per_s'])}" for s in stages) + ".",
         height=100 + 240 * rows,
         width=max(480, 230 * columns),
     )
     return figure.update_layout(margin={"t": 108})
+
+
+def _own(stage: Mapping[str, Any]) -> bool:
+    """Whether it has weights, hence tokens, of its own."""
+    return stage.get("same_tokens", True) is None
+
+
+def _aside(stage: Mapping[str, Any]) -> str:
+    return "<br>other tokens" if stage.get("same_tokens") is False else ""
+
+
+def _tokens(stages: list[Mapping[str, Any]]) -> str:
+    """Whose tokens are whose."""
+    if any(stage.get("same_tokens") is False for stage in stages):
+        return "white bars: not the same tokens as stage 0"
+    own = [stage for stage in stages if _own(stage)]
+    if not own:
+        return "all give the same tokens"
+    shares = ", ".join(
+        f"stage {stage['stage']} has its own weights and tokens ({stage['agreement']:.0%} as stage 0's)"
+        for stage in own
+    )
+    return f"all give the same tokens but the hatched: {shares}"
 
 
 def _arms(stage: Mapping[str, Any]) -> list[str]:
