@@ -130,6 +130,7 @@ def _app() -> "typer.Typer":
         device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
     ) -> None:
         """Quantise a model's linear layers and write the result; interrupted, the same command goes on."""
+        from stepengine.llm import device_named
         from stepengine.model.catalog import resolve
         from stepengine.stage5_gptq.calibrate import Recipe
         from stepengine.stage5_gptq.gptq import Method
@@ -140,7 +141,8 @@ def _app() -> "typer.Typer":
         method = None if rtn else Method(damping, act_order)
         recipe = Recipe(Grid(bits, group_size, symmetric, clip), method, samples, length, text)
         work = out.absolute().parent / f".{out.name}.partial"
-        quantize_folder(resolve(model), out, recipe, work, device)
+        runs_on = device_named(device)
+        quantize_folder(resolve(model), out, recipe, work, runs_on)
         print(f"{out}: {bits} bits, {_size(out)}; run it with LLM({str(out)!r}, stage=5)")
 
     @app.command()

@@ -21,9 +21,10 @@ from stepengine.core.request import Request, RequestOutput, SamplingParams
 from stepengine.core.runner import Runner
 from stepengine.core.seams import Limits, Parts
 from stepengine.core.streams import Cuda, Inline, Stream, Thread
-from stepengine.errors import InvalidRequest, InvalidSetting, ModelError, StepEngineError
+from stepengine.errors import InvalidRequest, InvalidSetting
 from stepengine.model.catalog import resolve
 from stepengine.model.config import ModelConfig, check_run_length
+from stepengine.model.tokenizer import load_tokenizer
 from stepengine.sizing import DEFAULT_SEQS, Sizes, check_count, fit_blocks, fit_host_blocks, fit_slots, measured_blocks
 from stepengine.stage0_naive.attention import RecomputedAttention
 from stepengine.stages import check_settings, find_stage
@@ -108,7 +109,7 @@ class LLM:
         sizes.check()
         if not isinstance(seed, int) or isinstance(seed, bool):
             raise InvalidSetting(f"seed is {seed!r}; it must be a whole number.")
-        self.device = _device(device)
+        self.device = device_named(device)
         _check_switches(cuda_graphs, pipelined, self.device)
 
         self.name = str(model)
@@ -140,7 +141,7 @@ class LLM:
             num_blocks = fit_blocks(sizes, block_bytes, seqs * table_length, self.device)
             host_blocks = fit_host_blocks(sizes, block_bytes, seqs * table_length)
 
-        self.tokenizer = _load_tokenizer(folder)
+        self.tokenizer = load_tokenizer(folder)
         decoder = parts.prepare_model(folder, self.device, self.dtype, max_model_len)
         if num_blocks is None:
             most = seqs * table_length
@@ -376,7 +377,8 @@ def _one_per_prompt(name: str, given: Any, count: int) -> list[Any]:
     return list(given)
 
 
-def _device(name: str) -> torch.device:
+def device_named(name: str) -> torch.device:
+    """The device "cpu" or "cuda"; `InvalidSetting` for another name, or where there is no GPU."""
     if name not in ("cpu", "cuda"):
         raise InvalidSetting(f"device is {name!r}; it must be 'cpu' or 'cuda'.")
     if name == "cuda" and not torch.cuda.is_available():
@@ -448,17 +450,3 @@ def _dtype(asked: str | torch.dtype, device: torch.device, config: ModelConfig) 
     if name not in DTYPES:
         raise InvalidSetting(f"dtype is {asked!r}; it must be one of {', '.join(DTYPES)} or 'auto'.")
     return DTYPES[name]
-
-
-def _load_tokenizer(folder: Path) -> Any:
-    """The folder's tokenizer, or None if it has none."""
-    if not any((folder / name).exists() for name in ("tokenizer.json", "tokenizer.model", "vocab.json")):
-        return None
-    from transformers import AutoTokenizer
-
-    try:
-        return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-    except StepEngineError:
-        raise
-    except Exception as error:
-        raise ModelError(f"The tokenizer in {folder} cannot be read ({error}); remove it to use token ids.") from error

@@ -55,6 +55,11 @@ class Recipe:
         """The calibration tokens [samples, length]; random ones for a model without a tokenizer."""
         length = min(self.length, config.max_position_embeddings)
         if tokenizer is None:
+            if self.path is not None:
+                raise InvalidSetting(
+                    f"The calibration text is {self.path}, and the model has no tokenizer to read it with; leave it "
+                    f"out."
+                )
             noise = torch.Generator().manual_seed(0)
             return torch.randint(config.vocab_size, (self.samples, length), generator=noise)
         return windows(tokenizer, read_texts(self.path).calibration, length, self.samples)

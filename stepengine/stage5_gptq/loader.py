@@ -15,6 +15,7 @@ from stepengine.model import store
 from stepengine.model.config import ModelConfig
 from stepengine.model.decoder import Decoder, Layer
 from stepengine.model.loader import load_decoder, tables_and_norms, weight_files
+from stepengine.model.tokenizer import load_tokenizer
 from stepengine.stage5_gptq.calibrate import FUSED, Recipe, quantized_layers
 from stepengine.stage5_gptq.checkpoint import QuantizedCheckpoint, check_written_format, write_checkpoint
 from stepengine.stage5_gptq.gptq import Method
@@ -117,13 +118,13 @@ def quantize_folder(
     """
     config = ModelConfig.from_folder(source)
     check_written_format(config, recipe.grid, short_groups)
-    tokens = torch.zeros(1, 1, dtype=torch.int64)
-    if recipe.method is not None:
-        tokens = recipe.tokens(_tokenizer(source), config)
     method = recipe.method
 
     def layers() -> Iterator[tuple[str, QuantizedWeight]]:
-        decoder = load_decoder(source, device, torch.float32, max(tokens.shape[1], 1))
+        tokens = torch.zeros(1, 1, dtype=torch.int64)
+        if method is not None:
+            tokens = recipe.tokens(load_tokenizer(source), config)
+        decoder = load_decoder(source, device, torch.float32, tokens.shape[1])
         total = config.num_layers * sum(map(len, FUSED.values()))
         form = "{desc}: {n_fmt} of {total_fmt} matrices |{bar}| {remaining} left"
         with tqdm(total=total, desc=f"quantise {source.name}", bar_format=form, disable=not progress, ncols=90) as bar:
@@ -140,14 +141,6 @@ def quantize_folder(
         true_sequential=method is not None,
         short_groups=short_groups,
     )
-
-
-def _tokenizer(folder: Path) -> Any:
-    if not any((folder / name).exists() for name in ("tokenizer.json", "tokenizer.model", "vocab.json")):
-        return None
-    from transformers import AutoTokenizer
-
-    return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
 
 
 def _check_same(

@@ -194,6 +194,22 @@ def test_the_command_writes_a_folder(folder, tmp_path, capsys):
     assert ended.value.code == 2 and "exists and is not an empty folder" in capsys.readouterr().err
 
 
+def test_the_command_says_what_is_wrong(folder, tmp_path, capsys):
+    from stepengine.cli import main
+
+    good = ["quantize", str(folder), "--out", str(tmp_path / "q"), "--group-size", "32"]
+    for more, said in (
+        (["--text", str(tmp_path)], "has no tokenizer to read it with; leave it out"),
+        (["--device", "tpu"], "device is 'tpu'; it must be 'cpu' or 'cuda'"),
+        (["--damping", "7"], "damping is 7.0; it must be above 0"),
+        (["--samples", "0"], "samples is 0; it must be a whole number from 1"),
+    ):
+        with pytest.raises(SystemExit) as ended:
+            main([*good, *more])
+        assert ended.value.code == 2 and said in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_the_commands_damping_is_the_quantisers():
     from stepengine import cli
     from stepengine.stage5_gptq.gptq import Method
