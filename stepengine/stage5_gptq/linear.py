@@ -26,12 +26,17 @@ def _kernels() -> ModuleType:
     return kernels
 
 
-def packed_linear(weight: QuantizedWeight, bias: Tensor | None, device: torch.device, dtype: torch.dtype) -> nn.Module:
-    """A layer for `weight` on `device` whose inputs and outputs are of `dtype`: the fastest that takes it."""
+def packed_linear(
+    weight: QuantizedWeight, bias: Tensor | None, device: torch.device, dtype: torch.dtype, raw: bool = False
+) -> nn.Module:
+    """A layer for `weight` on `device` whose inputs and outputs are of `dtype`: the fastest that takes it.
+
+    `raw` allows outputs in the type that they come in, where the next layer takes any.
+    """
     if device.type == "cuda" and _kernels().supported(weight):
         return GpuLinear(weight, bias, device, dtype)
     if device.type == "cpu" and CpuInt4Linear.takes(weight):
-        return CpuInt4Linear(weight, bias, dtype)
+        return CpuInt4Linear(weight, bias, dtype, raw)
     return TwinLinear(weight, bias, device, dtype)
 
 
@@ -81,7 +86,7 @@ class TwinLinear(_Packed):
 
     def forward(self, x: Tensor) -> Tensor:
         """x [T, K] -> [T, N]."""
-        return F.linear(x, self.weight(), self.bias)
+        return F.linear(x.to(self.dtype), self.weight(), self.bias)
 
 
 class CpuInt4Linear(_Packed):
@@ -90,8 +95,9 @@ class CpuInt4Linear(_Packed):
     With many rows its weights are multiplied out first: then the products weigh more than the bytes.
     """
 
-    def __init__(self, weight: QuantizedWeight, bias: Tensor | None, dtype: torch.dtype) -> None:
+    def __init__(self, weight: QuantizedWeight, bias: Tensor | None, dtype: torch.dtype, raw: bool = False) -> None:
         super().__init__(weight, bias, torch.device("cpu"), dtype)
+        self.dtype, self.out_dtype = dtype, torch.bfloat16 if raw else dtype
         columns = torch.argsort(weight.groups, stable=True)
         in_order = bool((columns[1:] > columns[:-1]).all())
         self.columns = None if in_order else self._own(columns)  # the operator knows no order but its own
@@ -113,14 +119,14 @@ class CpuInt4Linear(_Packed):
         return weight.bits == 4 and rows % _CPU_ROWS == 0 and size in _CPU_GROUPS and whole
 
     def forward(self, x: Tensor) -> Tensor:
-        """x [T, K] -> [T, N], in x's dtype."""
+        """x [T, K] -> [T, N]."""
         if self.columns is not None:
             x = x.index_select(1, self.columns)
         if len(x) >= _CPU_MOST and self.block:
-            out = x @ self._transposed(x.dtype)
+            out = x.to(self.dtype) @ self._transposed(self.dtype)
         else:
             multiply = torch.ops.aten._weight_int4pack_mm_for_cpu
-            out = multiply(x.bfloat16(), self.codes, self.group_size, self.scales).to(x.dtype)
+            out = multiply(x.bfloat16(), self.codes, self.group_size, self.scales).to(self.out_dtype)
         return out if self.bias is None else out + self.bias
 
     def _transposed(self, dtype: torch.dtype) -> Tensor:

@@ -165,7 +165,9 @@ def _linear(
     """One matrix product of a layer: joined as the decoder has it, where the file's columns allow that."""
 
     def make(weight: QuantizedWeight, bias: torch.Tensor | None) -> nn.Module:
-        return TwinLinear(weight, bias, device, dtype) if twin else packed_linear(weight, bias, device, dtype)
+        if twin:
+            return TwinLinear(weight, bias, device, dtype)
+        return packed_linear(weight, bias, device, dtype, raw=part == "gate_up")  # `down` takes what comes
 
     names = [f"model.layers.{layer.index}.{name}" for name in FUSED[part]]
     weights = [checkpoint.read(name) for name in names]

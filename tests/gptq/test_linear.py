@@ -63,6 +63,8 @@ def test_the_packed_layer_is_within_the_rounding_of_bf16(tokens, rows, columns, 
     exact = x.double() @ weight.dequantized(torch.float64).T + 1
     off = (layer(x).double() - exact).norm(dim=1) / exact.norm(dim=1)
     assert float(off.max()) < 0.008  # inputs, zero points and outputs are rounded to 8 bits
+    raw = packed_linear(weight, None, CPU, torch.float32, raw=True)(x)
+    assert torch.equal(raw.float() + 1, layer(x)) and (tokens >= 128 or raw.dtype is torch.bfloat16)
     halves = packed_linear(weight, None, CPU, torch.bfloat16)(x.bfloat16())
     assert halves.dtype is torch.bfloat16 and float((halves.double() - exact + 1).norm() / exact.norm()) < 0.01
 
