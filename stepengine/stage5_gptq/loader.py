@@ -83,23 +83,28 @@ def recipe_of(
 
 def quantized_folder(folder: Path, recipe: Recipe) -> Path:
     """The checkpoint `folder` quantised by `recipe`, from the model cache; made now if it is not there yet."""
-    grid, kind = recipe.grid, "rtn" if recipe.method is None else "gptq"
-    files = [folder / "config.json", *weight_files(folder)]
-    state = [(str(file.resolve()), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
-    size = "row" if grid.group_size == -1 else str(grid.group_size)
-    version = hashlib.sha256(repr((_VERSION, state, recipe)).encode()).hexdigest()
-    source = hashlib.sha256(str(folder.resolve()).encode()).hexdigest()[:8]
-    name = f"{folder.name}-{kind}-{grid.bits}bit-{size}-{source}"
+    grid, (name, version) = recipe.grid, _kept_as(folder, recipe)
     work = store.folder_of(f".{name}.partial")
 
     def build(fresh: Path) -> None:
         how = "round to nearest" if recipe.method is None else f"GPTQ on {recipe.samples} x {recipe.length} tokens"
         kept = fresh.parent.parent
-        grids = "one group a row" if grid.group_size == -1 else f"groups of {size}"
+        grids = "one group a row" if grid.group_size == -1 else f"groups of {grid.group_size}"
         print(f"{folder.name}: quantising to {grid.bits} bits, {grids} ({how}), once; kept in {kept}", file=sys.stderr)
         quantize_folder(folder, fresh, recipe, work, short_groups=True)
 
     return store.cached(name, version, build)
+
+
+def _kept_as(folder: Path, recipe: Recipe) -> tuple[str, str]:
+    """(name in the model cache, what says that it is of this checkpoint and this recipe)."""
+    grid, kind = recipe.grid, "rtn" if recipe.method is None else "gptq"
+    files = [folder / "config.json", *weight_files(folder)]
+    state = [(str(file.resolve()), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
+    size = "row" if grid.group_size == -1 else str(grid.group_size)
+    source = hashlib.sha256(str(folder.resolve()).encode()).hexdigest()[:8]
+    version = hashlib.sha256(repr((_VERSION, state, recipe)).encode()).hexdigest()
+    return f"{folder.name}-{kind}-{grid.bits}bit-{size}-{source}", version
 
 
 def quantize_folder(
@@ -114,13 +119,19 @@ def quantize_folder(
     """Quantise the checkpoint `source` into the folder `out`, in the community's format; returns `out`.
 
     Runs in fp32 on `device`, with a progress bar; in `work` it leaves what it has when it is stopped, and goes on
-    from there. Raises `InvalidSetting` or `ModelError` before any work where the result could not be written.
+    from there. What the model cache holds of this recipe already is written from there. Raises `InvalidSetting` or
+    `ModelError` before any work where the result could not be written.
     """
     config = ModelConfig.from_folder(source)
     check_written_format(config, recipe.grid, short_groups)
     method = recipe.method
 
     def layers() -> Iterator[tuple[str, QuantizedWeight]]:
+        name, version = _kept_as(source, recipe)
+        if store.is_whole(store.folder_of(name), version):
+            kept = QuantizedCheckpoint(store.folder_of(name))
+            yield from ((name, kept.read(name)) for name in kept.names)
+            return
         tokens = torch.zeros(1, 1, dtype=torch.int64)
         if method is not None:
             tokens = recipe.tokens(load_tokenizer(source), config)

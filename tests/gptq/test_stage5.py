@@ -18,7 +18,7 @@ from stepengine.stage5_gptq.calibrate import Recipe
 from stepengine.stage5_gptq.checkpoint import QuantizedCheckpoint
 from stepengine.stage5_gptq.grid import Grid, QuantizedWeight, round_to_nearest
 from stepengine.stage5_gptq.linear import CpuInt4Linear, SplitLinear, TwinLinear
-from stepengine.stage5_gptq.loader import load_quantized, quantize_folder
+from stepengine.stage5_gptq.loader import load_quantized, quantize_folder, quantized_folder
 from stepengine.stage5_gptq.packing import pack_weight
 
 GREEDY = SamplingParams(max_tokens=12, temperature=0.0, ignore_eos=True)
@@ -91,6 +91,17 @@ def test_quantised_once_and_kept(folder, capfd):
     assert tokens_of(first) == tokens_of(again)
     LLM(folder, stage=5, bits=8, quantization="rtn", **SMALL)
     assert "quantising to 8 bits, groups of 64 (round to nearest)" in capfd.readouterr().err
+
+
+def test_what_is_kept_is_written_without_doing_it_again(folder, tmp_path, monkeypatch):
+    recipe = Recipe(Grid(4, 32, clip=True), samples=2, length=32)
+    kept = quantized_folder(folder, recipe)
+    monkeypatch.setattr(calibrate, "quantize", lambda *args: 1 / 0)
+    made = quantize_folder(folder, tmp_path / "q", recipe)
+    first, second = QuantizedCheckpoint(kept), QuantizedCheckpoint(made)
+    assert all(torch.equal(first.read(name).codes, second.read(name).codes) for name in first.names)
+    with pytest.raises(ZeroDivisionError):
+        quantize_folder(folder, tmp_path / "other", Recipe(Grid(4, 32, clip=True), samples=3, length=32))
 
 
 def test_a_changed_checkpoint_is_quantised_anew(tmp_path, capfd):

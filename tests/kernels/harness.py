@@ -29,7 +29,7 @@ import pytest
 import torch
 
 ROOT = Path(__file__).resolve().parents[2]
-MODULES = ("paged", "flash", "fused")  # modules beside this one, each with its KERNELS
+MODULES = ("paged", "flash", "fused", "int4")  # modules beside this one, each with its KERNELS
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 # The interpreter's tl.dot is wrong on bf16; fp32 and fp16 are exact there.
@@ -163,7 +163,8 @@ def compiled(sm: int, kernel: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    pointers = {**{dtype: f"*{name}" for name, dtype in DTYPES.items()}, torch.int32: "*i32", torch.int64: "*i64"}
+    pointers = {dtype: f"*{name}" for name, dtype in DTYPES.items()}
+    pointers |= {torch.uint8: "*u8", torch.int32: "*i32", torch.int64: "*i64"}
     constants = {name: value for name, value in (kwargs | changed).items() if name in kernel.arg_names}
     options = {name: value for name, value in (kwargs | changed).items() if name not in kernel.arg_names}
     signature, attributes = {}, {}

@@ -4,6 +4,7 @@ import importlib
 from pathlib import Path
 
 import pytest
+import torch
 
 from tests.kernels import harness
 from tests.kernels.harness import Resources, complaints
@@ -43,6 +44,32 @@ def test_prefill_multiplies_with_wgmma(compiled: dict[str, Resources], name: str
     """Three loops with two products each. Where there is none to see, 0 is read: a decode has too few rows for it."""
     assert compiled[f"flash_prefill/90/{name}"].wgmma >= 6
     assert compiled[f"flash_prefill/80/{name}"].wgmma == compiled[f"paged_decode/90/{name}"].wgmma == 0
+
+
+def test_packed_weights_are_multiplied_by_tensor_cores_and_not_by_an_empty_kernel(
+    compiled: dict[str, Resources],
+) -> None:
+    """Of tiles that are too large Triton makes, for some GPUs, a kernel of a few registers that does nothing."""
+    assert all(compiled[f"int4_gemm/90/bf16/{tokens}"].wgmma >= 8 for tokens in (16, 32, 64, 128))
+    for name, used in compiled.items():
+        if name.startswith(("int4", "int8", "dequantize")):
+            assert used.registers >= 20, name
+
+
+def test_splits_fill_the_gpu_and_leave_none_without_blocks() -> None:
+    kernels = importlib.import_module("stepengine.stage5_gptq.kernels")
+    int4 = importlib.import_module("tests.kernels.int4")
+    for height, width in ((12288, 4096), (4096, 1024), (1024, 2048), (6144, 1024), (1024, 3072)):
+        weight = int4.meta_weight(kernels, torch.bfloat16, (height, width), 4)
+        for num_sms in (40, 108, 132):
+            found = []
+            for tokens in (1, 16, 64, 256, 4096):
+                tiles = kernels.gemm_tiles(tokens, torch.bfloat16, (9, 0))
+                found.append(kernels.gemm_splits(tokens, weight, tiles, num_sms))
+                assert 1 <= found[-1] <= max(1, width // 128 // 4)
+                share = -(-(width // 128) // found[-1])
+                assert share * (found[-1] - 1) < width // 128, "the last split has something to do"
+            assert found[-1] == 1, "4096 tokens need no splits"
 
 
 def test_prefill_tiles_leave_room_on_every_gpu() -> None:

@@ -69,7 +69,38 @@ DECODE_MISTAKES: dict[str, Callable[..., Any]] = {
         r(q, s, t, n, x, splits) if out is None else out
     ),
 }
+# (right, x, weight, splits, out): what a kernel for packed weights gets wrong
+PACKED_MISTAKES: dict[str, Callable[..., Any]] = {
+    "is off by one in the zero points": lambda r, x, w, *a, out=None: r(x, w._replace(zeros=w.zeros + 1), *a, out=out),
+    "takes the next group's scale": lambda r, x, w, *a, out=None: r(
+        x, w._replace(scales=w.scales.roll(-1, 0)), *a, out=out
+    ),
+    "takes the next row's zero point": lambda r, x, w, *a, out=None: r(
+        x, w._replace(zeros=w.zeros.roll(-1, 1)), *a, out=out
+    ),
+    "swaps the halves of a word": lambda r, x, w, *a, out=None: r(
+        x, w._replace(packed=w.packed << 16 | (w.packed >> 16 & 0xFFFF)), *a, out=out
+    ),
+    "is off by one in the columns": lambda r, x, w, *a, out=None: r(x.roll(1, 1), w, *a, out=out),
+    "leaves columns in the file's order": lambda r, x, w, *a, out=None: r(x, w._replace(perm=None), *a, out=out),
+    "forgets a block": lambda r, x, w, *a, out=None: r(
+        x, w._replace(packed=torch.cat((w.packed[:, :-1], torch.zeros_like(w.packed[:, -1:])), 1)), *a, out=out
+    ),
+    "leaves `out` alone": lambda r, x, w, *a, out=None: r(x, w, *a) if out is None else out,
+}
+DEQUANTIZE_MISTAKES: dict[str, Callable[..., Any]] = {
+    "is off by one in the zero points": lambda r, w, out=None: r(w._replace(zeros=w.zeros + 1), out),
+    "rounds twice": lambda r, w, out=None: (
+        r(w._replace(dtype=torch.float16), None).to(w.dtype)
+        if out is None
+        else out.copy_(r(w._replace(dtype=torch.float16), None))
+    ),
+    "leaves `out` alone": lambda r, w, out=None: r(w) if out is None else out,
+}
 MISTAKES = {
+    "int4_gemv": ("in the order of activations", PACKED_MISTAKES),
+    "int4_gemm": ("in the order of activations", PACKED_MISTAKES),
+    "dequantize": ("scales of more bits", DEQUANTIZE_MISTAKES),
     "paged_attention": ("lengths", ATTENTION_MISTAKES),
     "store_kv": ("padding", STORE_MISTAKES),
     "flash_prefill": ("prompts, decodes, padding", PREFILL_MISTAKES),
