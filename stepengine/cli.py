@@ -119,7 +119,9 @@ def _app() -> "typer.Typer":
         group_size: Annotated[int, typer.Option(help="Columns that share a scale; -1: whole rows.")] = 64,
         symmetric: Annotated[bool, typer.Option("--symmetric", help="The zero point is the middle code.")] = False,
         rtn: Annotated[bool, typer.Option("--rtn", help="Round to nearest: no GPTQ, no text.")] = False,
-        clip: Annotated[bool, typer.Option(help="Search for narrower ranges that round better.")] = True,
+        clip: Annotated[
+            bool | None, typer.Option("--clip/--no-clip", help="Search for narrower ranges; default: with GPTQ only.")
+        ] = None,
         act_order: Annotated[bool, typer.Option(help="Round the columns with the largest inputs first.")] = True,
         damping: Annotated[float, typer.Option(help="Of the Hessian's diagonal, as a part of its mean.")] = DAMPING,
         text: Annotated[
@@ -139,7 +141,9 @@ def _app() -> "typer.Typer":
 
         _quiet_transformers()
         method = None if rtn else Method(damping, act_order)
-        recipe = Recipe(Grid(bits, group_size, symmetric, clip), method, samples, length, text)
+        recipe = Recipe(
+            Grid(bits, group_size, symmetric, not rtn if clip is None else clip), method, samples, length, text
+        )
         work = out.absolute().parent / f".{out.name}.partial"
         runs_on = device_named(device)
         quantize_folder(resolve(model), out, recipe, work, runs_on)

@@ -10,6 +10,7 @@ from stepengine.contracts.chunk_exercises import check_decode_last, check_mix
 from stepengine.contracts.graph_exercises import check_bucket, check_idle_fraction
 from stepengine.contracts.paged_exercises import check_copies, check_pick_victim, check_slot
 from stepengine.contracts.prefix_exercises import check_hit_tokens
+from stepengine.contracts.quant_exercises import check_compensate, check_quantize_group
 from stepengine.contracts.report import Promise, Report, expect, run_promises
 from stepengine.core.kv_pool import KVPool
 from stepengine.core.request import Request, SamplingParams
@@ -19,6 +20,7 @@ from stepengine.model.tiny import tiny_config
 
 __all__ = [
     "check_bucket",
+    "check_compensate",
     "check_continuous_steps",
     "check_copies",
     "check_decode_last",
@@ -29,6 +31,7 @@ __all__ = [
     "check_mix",
     "check_my_cache",
     "check_pick_victim",
+    "check_quantize_group",
     "check_slot",
     "check_static_steps",
     "check_tokens_computed",

@@ -5,7 +5,9 @@ with weights W [N, K] and inputs X [T, K] should still give X W'^T close to X W^
 share the Hessian H = X^T X of that squared error; so columns are rounded in one order for all rows.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -89,25 +91,43 @@ def quantize(weight: Tensor, hessian: Tensor, grid: Grid, method: Method = Metho
         work, hessian, owner = work[:, order], hessian[order][:, order], groups[order].tolist()
     upper = inverse_factor(hessian, method.damping)
     codes = torch.empty(rows, width, dtype=torch.uint8, device=work.device)
+
+    def grid_at(start: int, errors: Tensor, at: int) -> tuple[Tensor, Tensor]:
+        column, stop = start + at, start + errors.shape[1]
+        group = owner[column]
+        if order is None and column % size == 0:  # its grid fits the columns as they are by now
+            later = work[:, stop:] - errors[:, :at] @ upper[start:column, stop:]
+            ahead = torch.cat((work[:, column:stop], later), 1)[:, :size]
+            scales[:, group], zeros[:, group] = grid.fit(ahead, importance[column:][: ahead.shape[1]])
+        return scales[:, group], zeros[:, group]
+
     for start in range(0, width, _BLOCK):
         stop = min(start + _BLOCK, width)
-        block, factor = work[:, start:stop].clone(), upper[start:stop, start:stop]
-        errors = torch.empty_like(block)
-        for at in range(stop - start):
-            group = owner[start + at]
-            if order is None and (start + at) % size == 0:  # its grid fits the columns as they are by now
-                later = work[:, stop:] - errors[:, :at] @ upper[start : start + at, stop:]
-                ahead = torch.cat((block[:, at:], later), 1)[:, :size]
-                scales[:, group], zeros[:, group] = grid.fit(ahead, importance[start + at :][: ahead.shape[1]])
-            column, scale, zero = block[:, at], scales[:, group], zeros[:, group]
-            code = grid.round(column, scale, zero)
-            codes[:, start + at] = code.to(torch.uint8)
-            errors[:, at] = (column - dequantize(code, scale, zero)) / factor[at, at]
-            block[:, at + 1 :].addr_(errors[:, at], factor[at, at + 1 :], alpha=-1)
+        block, errors = work[:, start:stop], torch.empty(rows, stop - start, device=work.device)
+        factor = upper[start:stop, start:stop]
+        codes[:, start:stop] = round_block(block, errors, factor, grid, partial(grid_at, start, errors))
         work[:, stop:].addmm_(errors, upper[start:stop, stop:], alpha=-1)
     if order is not None:
         codes = codes[:, torch.argsort(order)]
     return QuantizedWeight(codes, scales, zeros.to(torch.uint8), groups, grid.bits)
+
+
+def round_block(
+    block: Tensor, errors: Tensor, factor: Tensor, grid: Grid, grid_at: Callable[[int], tuple[Tensor, Tensor]]
+) -> Tensor:
+    """Round the columns of block [N, B] one after another: their codes, uint8 [N, B].
+
+    factor [B, B]: U of these columns. grid_at: column -> its scale and zero point, each [N]. Columns of the block move
+    while they wait; `errors` [N, B] is filled in, for the columns behind the block.
+    """
+    codes = torch.empty(block.shape, dtype=torch.uint8, device=block.device)
+    for at in range(block.shape[1]):
+        scale, zero = grid_at(at)
+        code = grid.round(block[:, at], scale, zero)
+        codes[:, at] = code.to(torch.uint8)
+        errors[:, at] = (block[:, at] - dequantize(code, scale, zero)) / factor[at, at]
+        block[:, at + 1 :].addr_(errors[:, at], factor[at, at + 1 :], alpha=-1)
+    return codes
 
 
 def inverse_factor(hessian: Tensor, damping: float) -> Tensor:

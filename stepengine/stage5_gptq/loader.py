@@ -77,8 +77,10 @@ def recipe_of(
     """The recipe that these settings name; None is the default of each."""
     if quantization is not None and quantization not in METHODS:
         raise InvalidSetting(f"quantization is {quantization!r}; it must be 'gptq' or 'rtn' (round to nearest).")
-    grid = Grid(4 if bits is None else bits, 64 if group_size is None else group_size, clip=True)
-    return Recipe(grid, METHODS[quantization or "gptq"], **more)
+    method = METHODS[quantization or "gptq"]
+    # A searched range helps GPTQ, which weighs columns and makes up for what is cut off; without that it hurts.
+    grid = Grid(4 if bits is None else bits, 64 if group_size is None else group_size, clip=method is not None)
+    return Recipe(grid, method, **more)
 
 
 def quantized_folder(folder: Path, recipe: Recipe) -> Path:

@@ -23,6 +23,7 @@ PROMISED = {
     "03b_graphs": {"C19", "Q61", "Q80", "Q83", "Q84", "Q103"},
     "04a_chunked_prefill": {"E8", "C5", "C13", "C14", "Q99", "Q122"},
     "04b_prefix_caching": {"E9", "C6", "C15", "Q20", "Q100", "Q107"},
+    "05_gptq": {"E10", "E13", "C8", "C9", "C10", "C16", "C17", "C21", "Q101", "Q134"},
 }
 PLOTLY = "application/vnd.plotly.v1+json"
 COMPARED = {"text/plain", "text/markdown", "text/latex"}  # what notebooks/conftest.py and nbval leave to compare
@@ -65,9 +66,10 @@ def _digest_lines(cell: dict[str, Any]) -> list[str]:
 
 
 def _strings(value: Any) -> list[str]:
-    """Every text in a notebook, but for pictures, which are base64."""
+    """Every text in a notebook, but for pictures and the arrays of figures, which are base64."""
     if isinstance(value, dict):
-        return [text for key, item in value.items() if not key.startswith("image/") for text in _strings(item)]
+        texts = {key: item for key, item in value.items() if not key.startswith("image/") and key != "bdata"}
+        return [text for item in texts.values() for text in _strings(item)]
     if isinstance(value, list):
         return [text for item in value for text in _strings(item)]
     return [value] if isinstance(value, str) else []
