@@ -19,7 +19,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from stepengine.bench import gpu_engine, gpu_kernels, gpu_peers, gpu_serving
+from stepengine.bench import gpu_engine, gpu_kernels, gpu_peers, gpu_quantized, gpu_serving
 from stepengine.bench.gpu_report import bars, table
 from stepengine.bench.gpu_setup import SHAPE, Setup, stage_names
 from stepengine.bench.gpu_worker import Part, execute, write
@@ -64,6 +64,7 @@ def parts() -> list[Part]:
         Part("correctness", gpu_engine.correctness, 30, 120),
         Part("prefill", gpu_kernels.prefill, 15, 45),
         Part("decode", gpu_kernels.decode, 15, 75),
+        Part("int4", gpu_kernels.int4, 20, 60),
         *_of("batch1", gpu_engine.alone, [MAIN, *older], 10, 45),
         Part("batch1/transformers", partial(gpu_peers.alone, compiled=False), 15, 45),
         *_of("throughput", gpu_engine.throughput, [MAIN], 40, 110),
@@ -71,6 +72,7 @@ def parts() -> list[Part]:
         *_of("idle", gpu_engine.idle, [MAIN], 15, 60),
         Part("chunked", gpu_serving.chunked, 20, 60),
         Part("prefix", gpu_serving.prefix, 10, 40),
+        Part("quantized", gpu_quantized.quantized, 25, 100),
         Part("traces", gpu_engine.traces, 15, 45),
         *_of("throughput", gpu_engine.throughput, [*later, *older], 40, 75),
         Part("throughput/generate", gpu_peers.generate_batched, 30, 60),

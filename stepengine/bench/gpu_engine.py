@@ -29,6 +29,7 @@ from stepengine.bench.workloads import Workload
 from stepengine.core.request import SamplingParams
 from stepengine.llm import LLM
 from stepengine.model.config import ModelConfig
+from stepengine.stages import find_stage
 from stepengine.trace import Trace, save
 
 Entries = Iterator[tuple[str, Any]]
@@ -42,15 +43,20 @@ def correctness(setup: Setup) -> Entries:
     """The GPU tests, and logits of every stage (its own attention and K/V) against `transformers`.
 
     fp32 must agree to 1e-3 (norm of the difference over the norm). bf16 is compared with `transformers`
-    in fp32 and may err 1.5 times as much as `transformers` in bf16 does.
+    in fp32 and may err 1.5 times as much as `transformers` in bf16 does. For a stage with weights of its own,
+    `transformers` gets those.
     """
     tests = _start_tests(setup)
     try:
         peers = {dtype: gpu_peers.load(setup, dtype) for dtype in {"float32", setup.dtype}}
-        for dtype in sorted(peers, reverse=True):
-            for stage in stage_names():
-                found = attempt(lambda s=stage, d=dtype: _logits(setup, s, d, peers))
-                yield f"logits, stage {stage}, {dtype}", found
+        own = [stage for stage in stage_names() if runs.own_weights(find_stage(stage))]
+        for stages in ([stage for stage in stage_names() if stage not in own], own):
+            if stages == own:
+                gpu_peers.quantize(setup, peers.values())
+            for dtype in sorted(peers, reverse=True):
+                for stage in stages:
+                    found = attempt(lambda s=stage, d=dtype: _logits(setup, s, d, peers))
+                    yield f"logits, stage {stage}, {dtype}", found
     finally:  # what went wrong with the logits says nothing about the tests
         yield "tests", _end_tests(setup, tests)
 
@@ -169,7 +175,7 @@ def _alone(
         before = llm.engine.counters["tokens_generated"]
         while llm.engine.counters["tokens_generated"] < before + warmup:
             llm.engine.advance()
-        seconds = _steps_s(setup, llm, steps)
+        seconds = steps_s(setup, llm, steps)
         llm.engine.abort(request)
         llm.engine.collect([request])
         samples += [1e3 * seconds / steps] if turn else []
@@ -181,7 +187,8 @@ def _alone(
     return {"ms": samples, "ms_per_token": ms, "bytes": moved, "floor_ms": floor, "of_roofline": floor and floor / ms}
 
 
-def _steps_s(setup: Setup, llm: LLM, steps: int) -> float:
+def steps_s(setup: Setup, llm: LLM, steps: int) -> float:
+    """Seconds of some steps."""
     sync(setup.device)
     start = time.perf_counter()
     for _ in range(steps):
@@ -311,7 +318,7 @@ def _idle(
     for _ in range(3):
         sync(setup.device)
         with _waiting(setup.device) as waited:
-            walls.append(1e6 * _steps_s(setup, llm, steps) / steps)
+            walls.append(1e6 * steps_s(setup, llm, steps) / steps)
         # On a GPU the first wait, over at once, comes before the steps' time begins.
         hosts.append(walls[-1] - 1e6 * sum(waited[setup.of(1, 0) :]) / steps)
     wall, host = median(walls), median(hosts)
@@ -328,7 +335,7 @@ def _device_us(setup: Setup, llm: LLM, steps: int) -> tuple[float, float]:
     from torch.profiler import ProfilerActivity, profile
 
     with profile(activities=[ProfilerActivity.CUDA]) as watch:
-        _steps_s(setup, llm, steps)
+        steps_s(setup, llm, steps)
     spans = [(e.time_range.start, e.time_range.end) for e in watch.events() if e.device_type == DeviceType.CUDA]
     if not spans:
         raise RuntimeError("the profiler saw nothing on the GPU")

@@ -1,4 +1,4 @@
-"""Parts of the GPU suite that run no model: the GPU's ceilings, the prefill kernel, the paged decode kernels."""
+"""Parts of the GPU suite that run no model: the GPU's ceilings, prefill, paged decode and products with 4 bits."""
 
 import math
 from collections.abc import Callable, Iterator
@@ -238,3 +238,111 @@ def _tiles(table: Tensor, kv_heads: int) -> Tensor:
     """Which tile (one head of one block) comes where, keys before values: [2 x B x Hk x M]."""
     keys = table.long()[:, None] * 2 * kv_heads + torch.arange(kv_heads, device=table.device)[:, None]  # [B, Hk, M]
     return torch.cat((keys.flatten(), keys.flatten() + kv_heads))
+
+
+def int4(setup: Setup) -> Entries:
+    """Stage 5's products with weights of 4 bits against cuBLAS's in bf16: one large matrix, and the model's own layers.
+
+    Each of the kernels is measured at each number of tokens, whichever `path` would take: its numbers are to be set
+    from this. Weights are rotated, so that none is found in the cache.
+    """
+    from stepengine.stage5_gptq import kernels
+
+    width, height = setup.of((4096, 12288), (64, 96))
+    yield "error", attempt(lambda: _int4_error(setup, kernels))
+    for tokens in setup.of((1, 2, 4, 8, 16, 32, 64, 128, 256, 1024), (1, 3)):
+        yield f"{width}x{height}, {tokens}", _int4_case(setup, kernels, (height, width), 128, tokens)
+    config = setup.config
+    heads = (config.num_heads + 2 * config.num_kv_heads) * config.head_dim
+    shapes = [
+        (heads, config.hidden_size),
+        (config.hidden_size, config.num_heads * config.head_dim),
+        (2 * config.intermediate_size, config.hidden_size),
+        (config.hidden_size, config.intermediate_size),
+    ]
+    for tokens in setup.of((1, 16, 64, 256), (1, 3)):
+        yield f"layer, {tokens}", attempt(lambda t=tokens: _int4_layer(setup, kernels, shapes, t))
+
+
+def _int4_calls(setup: Setup, kernels: Any) -> dict[str, Callable[..., Tensor]]:
+    """{name: f(x, weight)}; "ours" is what an engine calls."""
+    end = "_reference" if setup.smoke else ""
+    found = {name: getattr(kernels, f"int4_{name}{end}") for name in ("gemv", "gemm")}
+    found["dequantize + matmul"] = kernels.int4_linear_reference if setup.smoke else kernels.int4_matmul
+    return found | {"ours": getattr(kernels, f"int4_linear{end}")}
+
+
+def _int4_weight(setup: Setup, kernels: Any, shape: tuple[int, int], group: int) -> tuple[Any, Any]:
+    """(random codes on random grids, the same for the kernels)."""
+    from stepengine.stage5_gptq.grid import QuantizedWeight
+
+    rows, columns = shape
+    device, groups = setup.device, -(-columns // group)
+    weight = QuantizedWeight(
+        torch.randint(0, 16, shape, dtype=torch.uint8, device=device),
+        (torch.rand(rows, groups, device=device) / columns).bfloat16().half().float(),
+        torch.randint(0, 16, (rows, groups), dtype=torch.uint8, device=device),
+        torch.arange(columns, dtype=torch.int32, device=device) // group,
+        4,
+    )
+    return weight, kernels.pack_for_kernel(weight, device, getattr(torch, setup.dtype))
+
+
+def _int4_error(setup: Setup, kernels: Any) -> dict[str, Any]:
+    weight, packed = _int4_weight(setup, kernels, setup.of((1536, 1024), (48, 64)), 64)
+    errors: dict[str, float] = {}
+    for tokens in (1, 5, 70):
+        x = torch.randn(tokens, weight.shape[1], device=setup.device).to(packed.dtype)
+        exact = x.double() @ weight.dequantized(torch.float64).T
+        for name, call in _int4_calls(setup, kernels).items():
+            errors[f"{name}, {tokens}"] = relative_error(call(x, packed), exact)
+    return {"relative_error": errors, "against": "float64"}
+
+
+def _int4_case(setup: Setup, kernels: Any, shape: tuple[int, int], group: int, tokens: int) -> dict[str, Any]:
+    dtype = getattr(torch, setup.dtype)
+    _, packed = _int4_weight(setup, kernels, shape, group)
+    moved = packed.nbytes + tokens * sum(shape) * dtype.itemsize
+    copies = setup.of(-(-(1 << 29) // packed.nbytes), 2)
+    weights = [packed] + [packed._replace(packed=packed.packed.clone()) for _ in range(copies - 1)]
+    x = torch.randn(tokens, shape[1], device=setup.device).to(dtype)
+    found: dict[str, Any] = {"tokens": tokens, "group": group, "bytes": moved, "path": kernels.path(tokens)}
+    copy_gbs = setup.ceiling("copy_gbs")
+
+    def case(call: Callable[..., Tensor]) -> dict[str, Any]:
+        times = timed([lambda w=w: call(x, w) for w in weights], setup.device, budget_s=0.1)
+        gbs = 1e-6 * moved / times["median_ms"]
+        return {**times, "gbs": gbs, "of_copy": gbs / copy_gbs if copy_gbs else None}
+
+    for name, call in _int4_calls(setup, kernels).items():
+        if name != "gemv" or tokens <= 16:  # it reads all of the weight for each token
+            found[name] = attempt(lambda f=call: case(f))
+
+    def cublas() -> dict[str, Any]:
+        plain = torch.randn(setup.of(6, 2), *shape, device=setup.device, dtype=dtype)
+        return timed([lambda w=w: x @ w.T for w in plain], setup.device, budget_s=0.1)
+
+    found["cublas"] = attempt(cublas)
+    theirs = found["cublas"].get("median_ms")
+    for name in ("gemv", "gemm", "dequantize + matmul", "ours"):
+        if theirs and (mine := found.get(name, {}).get("median_ms")):
+            found[name]["speedup"] = theirs / mine
+    return found
+
+
+def _int4_layer(setup: Setup, kernels: Any, shapes: list[tuple[int, int]], tokens: int) -> dict[str, Any]:
+    """The four products of one layer, one after another, for as many layers as the model has: ms of one layer."""
+    dtype, layers = getattr(torch, setup.dtype), setup.config.num_layers
+    ours = _int4_calls(setup, kernels)["ours"]
+    packed = [_int4_weight(setup, kernels, shape, setup.of(64, 32))[1] for shape in shapes]
+    inputs = [torch.randn(tokens, shape[1], device=setup.device).to(dtype) for shape in shapes]
+
+    def run(call: Callable[..., Tensor], weights: list[Any]) -> None:
+        for x, weight in zip(inputs, weights, strict=True):
+            call(x, weight)
+
+    copies = [[w._replace(packed=w.packed.clone()) for w in packed] for _ in range(layers)]
+    plain = [[torch.randn(shape, device=setup.device, dtype=dtype) for shape in shapes] for _ in range(layers)]
+    mine = timed([lambda ws=ws: run(ours, ws) for ws in copies], setup.device)
+    theirs = timed([lambda ws=ws: run(lambda x, w: x @ w.T, ws) for ws in plain], setup.device)
+    return {"tokens": tokens, "ours": mine, "cublas": theirs, "speedup": theirs["median_ms"] / mine["median_ms"]}

@@ -2,7 +2,7 @@
 
 import inspect
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from statistics import median
 from typing import Any
 
@@ -11,6 +11,7 @@ import torch
 from stepengine.bench import workloads
 from stepengine.bench.gpu_setup import Setup, attempt, sync
 from stepengine.bench.workloads import Workload
+from stepengine.stage5_gptq.checkpoint import QuantizedCheckpoint
 
 Entries = Iterator[tuple[str, Any]]
 
@@ -27,6 +28,18 @@ def load(setup: Setup, dtype: str | None = None) -> Any:
     own.eos_token_id, own.pad_token_id, own.do_sample = None, 0, False
     own.temperature = own.top_p = own.top_k = None  # unused by greedy search; set, they would warn
     return model.eval().to(setup.device)
+
+
+@torch.no_grad()
+def quantize(setup: Setup, models: Iterable[Any]) -> None:
+    """Give models the weights that stage 5 runs, multiplied out and rounded to their dtype."""
+    checkpoint = QuantizedCheckpoint(setup.quantized())
+    each = list(models)
+    for name in checkpoint.names:
+        weight = checkpoint.read(name)
+        for model in each:
+            target = model.get_parameter(f"{name}.weight")
+            target.copy_(weight.dequantized(target.dtype))
 
 
 def offline_set(setup: Setup, count: int | None = None, most: int | None = None) -> Workload:

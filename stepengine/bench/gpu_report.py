@@ -21,7 +21,7 @@ def at(found: Any, *names: str) -> Any:
 
 
 def bars(record: Record) -> list[dict[str, Any]]:
-    """Each bar of stages 3 and 4: measured, required, and what would be better still; `met` is None if not measured.
+    """Each bar of stages 3 to 5: measured, required, and what would be better still; `met` is None if not measured.
 
     They were set for an H200. Where several settings of the engine were measured, the best counts. A smoke
     run has none.
@@ -57,6 +57,7 @@ def _values(record: Record) -> Iterator[tuple[str, float | None, str, float, flo
     whole = bool(shares) and None not in shares
     yield "paged decode of copy, least from 100k", min(shares) if whole else None, ">=", 0.92, 0.97
 
+    yield from _int4(record)
     alone = results(record, "batch1/stage3")
     ours = _best(alone, ", 512", "ms_per_token", min)
     yield "batch 1, context 512, ms a token", ours, "<=", 0.60, 0.46
@@ -98,6 +99,19 @@ def _serving(record: Record) -> Iterator[tuple[str, float | None, str, float, fl
     yield "first token on a hit of 1024, times sooner", at(hits, "1024", "gain"), ">=", 4.5, None
     misses = [at(entry, "miss") for entry in hits.values() if at(entry, "miss")]
     yield "time with nothing to find, over not looking", max(misses) if misses else None, "<=", 1.01, None
+    found = results(record, "quantized")
+    yield "decode at batch 1, 4 bits over 16", at(found, "1", "speed", "5", "median"), ">=", 1.4, None
+    yield "decode at batch 256, 4 bits over 16", at(found, "256", "speed", "5", "median"), ">=", 0.98, None
+
+
+def _int4(record: Record) -> Iterator[tuple[str, float | None, str, float, float | None]]:
+    found = results(record, "int4")
+    large = {at(e, "tokens"): at(e, "ours", "speedup") for name, e in found.items() if name.startswith("4096x12288")}
+    for tokens, bar in ((1, 2.5), (16, 2.3), (64, 1.2)):
+        yield f"int4 4096x12288 over cuBLAS, tokens: {tokens}", large.get(tokens), ">=", bar, None
+    speeds = list(large.values())
+    yield "the same, least at any number of tokens", min(speeds) if speeds and all(speeds) else None, ">=", 0.97, None
+    yield "int4 layer of the model over cuBLAS, 1 token", at(found, "layer, 1", "speedup"), ">=", 1.15, None
 
 
 def _best(found: Mapping[str, Any], end: str, key: str, choose: Callable[..., float]) -> float | None:
@@ -175,6 +189,11 @@ def _finding(part: str, found: Mapping[str, Any]) -> Iterator[str]:
             speeds = {key: at(entry, key, "gbs") for key in ("stage2", "stage3", "sdpa")}
             if any(speeds.values()):
                 yield f"{name}: " + " ".join(f"{key} {_number(value)}" for key, value in speeds.items() if value)
+    elif group == "int4":
+        for name, entry in found.items():
+            speedup = at(entry, "ours", "speedup") or at(entry, "speedup")
+            if speedup:
+                yield f"{name}: {_number(speedup)}x"
     elif group == "batch1":
         yield from (f"{name}: {_number(e['ms_per_token'])} ms" for name, e in found.items() if at(e, "ms_per_token"))
     elif group == "throughput":
@@ -196,5 +215,11 @@ def _finding(part: str, found: Mapping[str, Any]) -> Iterator[str]:
         for name, entry in found.items():
             if at(entry, "gain"):
                 yield f"{name}: hit {_number(entry['gain'])}x sooner, miss {_number(entry['miss'])}x"
+    elif group == "quantized":
+        for name, entry in found.items():
+            if at(entry, "ms_per_step"):
+                ms = entry["ms_per_step"]
+                told = ", ".join(f"stage {arm} {_number(ms[arm])} ms" for arm in ms)
+                yield f"batch {name}: {told} ({_number(entry['speed']['5']['median'])}x)"
     elif group == "traces":
         yield f"{sum('file' in entry for entry in found.values())} files"

@@ -13,9 +13,13 @@ from typing import Any
 
 import torch
 
+from stepengine.bench.runs import own_weights
 from stepengine.llm import LLM
 from stepengine.model.config import ModelConfig
 from stepengine.model.tiny import random_checkpoint, tiny_config
+from stepengine.stage5_gptq.calibrate import Recipe
+from stepengine.stage5_gptq.grid import Grid
+from stepengine.stage5_gptq.loader import quantize_folder
 from stepengine.stages import ARRIVES, STAGES, find_stage
 
 SHAPE = "Qwen3-0.6B's shape, random weights"
@@ -78,6 +82,16 @@ class Setup:
             aside.rename(folder)  # a part that is ended while it writes leaves nothing that looks whole
         return folder
 
+    def quantized(self) -> Path:
+        """The same in 4 bits, rounded to nearest: for random weights there is no text to calibrate on."""
+        folder = self.work / "model-4bit"
+        if not folder.exists():
+            # On a CPU, groups that only the plain layers take: what they compute is exact.
+            recipe = Recipe(Grid(4, self.of(64, 16)), None)
+            aside = self.work / f"model-4bit.{os.getpid()}"
+            quantize_folder(self.checkpoint(), aside, recipe, device=self.device, progress=False).rename(folder)
+        return folder
+
     def left_s(self) -> float:
         return self.until - time.time()
 
@@ -108,7 +122,7 @@ def engine(setup: Setup, stage: str, seqs: int, max_len: int, dtype: str | None 
     if setup.smoke and settings.get("cuda_graphs"):
         settings["cuda_graphs"] = "padded"  # as far as a CPU can go
     made = LLM(
-        setup.checkpoint(),
+        setup.quantized() if own_weights(find_stage(stage)) else setup.checkpoint(),
         stage=stage,
         device=setup.device,
         dtype=dtype,

@@ -13,6 +13,8 @@ from stepengine.bench.metrics import METRICS, SPEED, Metric, common_set
 from stepengine.bench.runs import Run
 from stepengine.bench.workloads import Workload
 from stepengine.llm import LLM
+from stepengine.model import store
+from stepengine.model.catalog import resolve
 from stepengine.stages import STAGES, Stage, find_stage
 
 SLOTS = 4  # requests of MAX_MODEL_LEN tokens for which every stage has K/V memory
@@ -82,6 +84,7 @@ class _Climb:
     def stage(self, stage: Stage, wanted: Sequence[str] = ()) -> dict[str, Any]:
         """Measure one stage; its row of the result. Of those before it, only `wanted` ones are needed later."""
         before, is_first = held_against(stage), not self.climbed
+        made_s = self._quantise(stage) if runs.own_weights(stage) else 0.0
         if not is_first and before not in self.climbed:
             self._climb(find_stage(before))
         done = self._climb(stage)
@@ -96,16 +99,38 @@ class _Climb:
             "rounds": len(done),
             "same_tokens": True,
             "near_ties": 0,
+            "agreement": None,
+            "own_agreement": None,
             "note": "",
         }
-        if not is_first:
+        if runs.own_weights(stage):
+            (reference, _), (llm, _) = next(iter(self.climbed.values())), self.climbed[stage.name]
+            own = verify.agreement(llm, middle)
+            row |= {"agreement": verify.agreement(reference, middle), "own_agreement": own}
+            row["same_tokens"] = None if own >= verify.OWN else False
+        elif not is_first:
             found = verify.differences(*next(iter(self.climbed.values())), middle)
             row |= {"same_tokens": found.wrong == 0, "near_ties": found.near}
+        if not is_first:
             row |= self._gain(stage, before)
+        if made_s:
+            row["note"] += f"{' ' if row['note'] else ''}Before that, quantising took {made_s:.0f} s, once: it is kept."
         self.above, first = stage.name, next(iter(self.climbed))
         for name in [name for name in self.climbed if name not in (first, stage.name, *wanted)]:
             del self.climbed[name]
         return row
+
+    def _quantise(self, stage: Stage) -> float:
+        """Seconds that it took to quantise the model, which has a progress bar of its own; 0 where that is done."""
+        from stepengine.stage5_gptq.loader import quantized_folder, recipe_of
+
+        began, clock = time.time(), time.perf_counter()
+        folder = quantized_folder(resolve(self.model), recipe_of())
+        if (folder / store.MANIFEST).stat().st_mtime < began:
+            return 0.0
+        seconds = time.perf_counter() - clock
+        self.began += seconds  # it is no reason for fewer rounds
+        return seconds
 
     def _climb(self, stage: Stage) -> list[Run]:
         """Run the common set on a stage, which stays loaded; the runs, of which the middle one is remembered."""
@@ -145,7 +170,7 @@ class _Climb:
                 "also": values[1:],
                 "against": before,
                 "note": (f"against stage {before}: " if before != self.above else "")
-                + f"{len(after.workload.prompts)} requests, {'' if after.workload.after else 'outputs '}"
+                + f"{_requests(after.workload)}, {'' if after.workload.after else 'outputs '}"
                 + after.workload.name
                 + (f"; tokens/s {speed.median:.2f}x" if own is not None else ""),
                 "workload": after.workload.describe(),
@@ -155,14 +180,15 @@ class _Climb:
         }
 
     def _own_engines(self, metric: Metric, names: tuple[str, str]) -> tuple[LLM, LLM]:
-        """Engines for a set that does not fit into those of the common one; they run one copy of the weights."""
+        """Engines for a set that does not fit into those of the common one; they run one copy of the same weights."""
         assert metric.settings is not None
         rooms = self.rooms.setdefault(metric.settings, {})
         for name in names:
             if name not in rooms:
                 with _bar(self.progress, f"stage {name:<3} loading {self.model}", 0):
                     rooms[name] = runs.build(self.model, name, **metric.settings(name, self.fast))
-                    runs.share_weights(rooms.values())
+                    if not runs.own_weights(find_stage(name)):
+                        runs.share_weights(llm for llm in rooms.values() if not runs.own_weights(llm.stage))
                     runs.warm(rooms[name], self.common)
         return rooms[names[0]], rooms[names[1]]
 
@@ -184,6 +210,11 @@ class _Climb:
     def _run(self, llm: LLM, workload: Workload, what: str) -> Run:
         with _bar(self.progress, f"stage {llm.stage.name:<3} {what}", workload.num_outputs) as told:
             return runs.run(llm, workload, told)
+
+
+def _requests(workload: Workload) -> str:
+    count = len(workload.prompts)
+    return f"{count} requests" if count != 1 else "one request"
 
 
 @contextmanager

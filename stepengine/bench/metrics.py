@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from statistics import median
 from typing import Any, NamedTuple
 
 from stepengine.bench import workloads
@@ -80,6 +81,16 @@ def few_shot_set(ids: Any, fast: bool) -> Workload:
     return workloads.few_shot(ids, seed=6, count=6 if fast else 12, shared=96, own=16, output=4)
 
 
+def alone_set(ids: Any, fast: bool) -> Workload:
+    """One request: a step of it reads all weights for one row."""
+    return workloads.uniform(ids, seed=7, count=1, prompt=(32, 32), output=(16, 16) if fast else (48, 48))
+
+
+def _one_slot(stage: str, fast: bool) -> dict[str, Any]:
+    """Engines for one request."""
+    return {"slots": 1, "max_model_len": 96}
+
+
 def _room(stage: str, fast: bool) -> dict[str, Any]:
     """Engines for sets with long prompts."""
     chunks = {"max_num_batched_tokens": BUDGET} if stage in ("4a", "4") else {}
@@ -135,6 +146,14 @@ METRICS = {
         interrupted_again_set,
         against="3",
         settings=_room,
+    ),
+    "5": Metric(
+        (
+            Number("MB of weights", "MB", "lower", lambda run: run.weight_bytes / 1e6),
+            Number("a decode step", "ms", "lower", lambda run: median(run.step_ms[1])),
+        ),
+        alone_set,
+        settings=_one_slot,
     ),
 }
 """By stage name. A stage that is not listed is measured by its speed."""

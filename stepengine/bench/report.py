@@ -55,11 +55,25 @@ def table(result: Mapping[str, Any]) -> str:
     names = ", ".join(f"{row['near_ties']} in {row['stage']}" for row in result["stages"] if row["near_ties"])
     if names:
         lines += ["", f"Sequences that part at a near tie (two logits within 1e-4, either is right): {names}."]
+    for row in result["stages"]:
+        if row["agreement"] is not None:
+            lines += ["", *own_tokens(row, result)]
     return "\n".join(lines)
 
 
+def own_tokens(row: Mapping[str, Any], result: Mapping[str, Any]) -> list[str]:
+    """What to know of the tokens of a stage with weights of its own."""
+    return [
+        f"Stage {row['stage']} has other weights, hence its own tokens. At the same place,",
+        f"stage {result['stages'][0]['stage']} chooses {row['agreement']:.1%} of them; its own weights, with nothing "
+        f"cached, {row['own_agreement']:.1%}.",
+    ]
+
+
 def _same(row: Mapping[str, Any], result: Mapping[str, Any]) -> str:
-    return "-" if row is result["stages"][0] else "yes" if row["same_tokens"] else "NO"
+    if row is result["stages"][0]:
+        return "-"
+    return {True: "yes", False: "NO", None: "own"}[row["same_tokens"]]
 
 
 def _wrapped(text: str) -> list[str]:

@@ -6,7 +6,7 @@ import os
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-from stepengine.bench import blocksize, chunked, flash, paging, peers, preemption, prefix, steps
+from stepengine.bench import blocksize, chunked, flash, gptq, paging, peers, preemption, prefix, steps
 from stepengine.bench.measure import machine
 from stepengine.bench.options import Options
 from stepengine.errors import InvalidSetting
@@ -31,6 +31,7 @@ MEASURES = {
     "flash": Measure(flash.flash, flash.text, "scores never written (stage 3) against scores in memory (stage 2)"),
     "chunked": Measure(chunked.chunked, chunked.text, "long prompts beside decodes: chunks (4a) against prefill first"),
     "prefix": Measure(prefix.prefix, prefix.text, "prompts that begin alike: found (4b) against computed again"),
+    "gptq": Measure(gptq.gptq, gptq.text, "weights of 4 bits (stage 5): perplexity, bytes, speed"),
 }
 PEERS = {"hf": Measure(peers.peer_hf, peers.text_peer_hf, "transformers.generate")}
 

@@ -12,10 +12,12 @@ import torch
 from stepengine.bench.traffic import Traffic, counted
 from stepengine.bench.workloads import Chats, Workload
 from stepengine.core.request import RequestOutput
+from stepengine.errors import InvalidSetting
 from stepengine.llm import LLM
 from stepengine.model.catalog import resolve
 from stepengine.model.config import ModelConfig
-from stepengine.stages import find_stage
+from stepengine.model.loader import load_decoder
+from stepengine.stages import Stage, find_stage
 from stepengine.trace import Trace, summarize
 from stepengine.trace.metrics import RequestMetrics, percentiles, request_metrics
 
@@ -70,6 +72,11 @@ class Run:
         return self.traffic
 
     @property
+    def weight_bytes(self) -> int:
+        """Bytes of the weights of the model that ran, as loaded."""
+        return int(self.trace.meta["weight_bytes"])
+
+    @property
     def hit_tokens(self) -> int:
         """Tokens whose K/V were found rather than computed."""
         return sum(chunk.cached for record in self.trace.steps for chunk in record.plan.chunks)
@@ -115,13 +122,22 @@ def build(
     )
 
 
+def own_weights(stage: Stage) -> bool:
+    """Whether a stage runs other weights than the checkpoint's: its tokens are then its own."""
+    return stage.parts.prepare_model is not load_decoder
+
+
 def share_weights(engines: Iterable[LLM]) -> None:
     """Let all engines of one model run the first one's weights: then only what is compared differs.
 
-    For stages that leave the weights as they are, at one `max_model_len`.
+    At one `max_model_len`. Raises `InvalidSetting` for a stage that makes weights of its own.
     """
     first, *others = engines
     for llm in others:
+        if own_weights(llm.stage) or own_weights(first.stage):
+            raise InvalidSetting(
+                f"Stages {first.stage.name} and {llm.stage.name} cannot share weights: one of them makes its own."
+            )
         llm.engine.runner.model = first.engine.runner.model
 
 

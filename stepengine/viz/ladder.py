@@ -32,9 +32,12 @@ def ladder_bars(result: Mapping[str, Any]) -> "go.Figure":
     columns, rows = min(panels, COLUMNS), -(-panels // COLUMNS)
     titles = [f"<b>{s['stage']}</b>  " + "<br>".join(wrap(s["metric"]["name"], 24)) for s in climbing]
     titles.append("<b>all</b>  speed")
+    free = rows * columns - panels  # cells behind the last panel, which it takes as well
+    cells: list[dict[str, int] | None] = [{}] * (panels - 1) + [{"colspan": 1 + free}] + [None] * free
     figure = make_subplots(
         rows=rows,
         cols=columns,
+        specs=[cells[row * columns : (row + 1) * columns] for row in range(rows)],
         subplot_titles=titles,
         horizontal_spacing=0.3 / columns,
         vertical_spacing=0.32 / rows if rows > 1 else 0,
@@ -90,21 +93,18 @@ def _own(stage: Mapping[str, Any]) -> bool:
 
 
 def _aside(stage: Mapping[str, Any]) -> str:
+    if _own(stage):
+        return f"<br>{stage['agreement']:.0%} same tokens"
     return "<br>other tokens" if stage.get("same_tokens") is False else ""
 
 
 def _tokens(stages: list[Mapping[str, Any]]) -> str:
     """Whose tokens are whose."""
+    own = ", ".join(str(stage["stage"]) for stage in stages if _own(stage))
+    aside = f"{own} (hatched), whose weights are its own" if own else ""
     if any(stage.get("same_tokens") is False for stage in stages):
-        return "white bars: not the same tokens as stage 0"
-    own = [stage for stage in stages if _own(stage)]
-    if not own:
-        return "all give the same tokens"
-    shares = ", ".join(
-        f"stage {stage['stage']} has its own weights and tokens ({stage['agreement']:.0%} as stage 0's)"
-        for stage in own
-    )
-    return f"all give the same tokens but the hatched: {shares}"
+        return "white bars: not the same tokens as stage 0" + (f"; nor {aside}" if own else "")
+    return "all give the same tokens" + (f", but for {aside}" if own else "")
 
 
 def _arms(stage: Mapping[str, Any]) -> list[str]:

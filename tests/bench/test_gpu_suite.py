@@ -107,7 +107,7 @@ def test_every_part_runs(smoke: Any) -> None:
     names = {entry.name for entry in STAGES} - {"4a", "4b"}  # measured for what each is for, in parts of their own
     assert {f"throughput/stage{name}" for name in names} <= set(record["parts"])
     groups = {"ceilings", "correctness", "prefill", "decode", "batch1", "throughput", "idle", "traces"}
-    groups |= {"chunked", "prefix"}
+    groups |= {"chunked", "prefix", "quantized", "int4"}
     assert {name.split("/")[0] for name in record["parts"]} == groups
     assert {name: part["status"] for name, part in record["parts"].items()} == dict.fromkeys(record["parts"], "ok")
     assert list(errors(record["parts"])) == []
@@ -407,7 +407,7 @@ def test_what_was_not_measured_is_neither_met_nor_missed() -> None:
     record = a_record()
     assert set(verdicts(record).values()) == {(None, None)}
     record["bars"] = gpu_report.bars(record)
-    assert gpu_report.table(record).count("not measured") == len(record["bars"]) == 19
+    assert gpu_report.table(record).count("not measured") == len(record["bars"]) == 26
 
 
 def test_stage_4_is_judged_by_the_budget_with_the_shortest_gaps() -> None:
@@ -422,6 +422,46 @@ def test_stage_4_is_judged_by_the_budget_with_the_shortest_gaps() -> None:
     assert found["first token on a hit of 4096, times sooner"] == (13.0, True)
     assert found["first token on a hit of 1024, times sooner"] == (4.0, False)
     assert found["time with nothing to find, over not looking"] == (1.02, False)
+
+
+def test_stage_5_is_judged_by_decode_steps_alone_and_of_a_full_batch() -> None:
+    steps = {str(batch): {"speed": {"5": {"median": ratio}}} for batch, ratio in ((1, 1.5), (256, 0.9))}
+    found = verdicts(a_record(quantized=steps))
+    assert found["decode at batch 1, 4 bits over 16"] == (1.5, True)
+    assert found["decode at batch 256, 4 bits over 16"] == (0.9, False)
+
+
+@needs_triton
+def test_stage_5_runs_fewer_bytes_in_turns_with_stage_4(smoke: Any) -> None:
+    results = smoke[1]["parts"]["quantized"]["results"]
+    assert set(results) == {"1", "3"} and set(results["3"]["ms_per_step"]) == {"4", "5"}
+    weights = results["1"]["weight_bytes"]
+    assert weights["4"] > weights["5"] > weights["5, int8 head"]
+    assert {len(samples) for samples in results["1"]["ms"].values()} == {2}
+
+
+def test_stage_5_is_judged_at_each_number_of_tokens() -> None:
+    ours = {1: 2.6, 16: 2.2, 64: 1.3, 1024: 0.96}
+    found = {f"4096x12288, {tokens}": {"tokens": tokens, "ours": {"speedup": s}} for tokens, s in ours.items()}
+    told = verdicts(a_record(int4=found | {"layer, 1": {"tokens": 1, "speedup": 1.2}}))
+    assert told["int4 4096x12288 over cuBLAS, tokens: 1"] == (2.6, True)
+    assert told["int4 4096x12288 over cuBLAS, tokens: 16"] == (2.2, False)
+    assert told["int4 4096x12288 over cuBLAS, tokens: 64"] == (1.3, True)
+    assert told["the same, least at any number of tokens"] == (0.96, False)
+    assert told["int4 layer of the model over cuBLAS, 1 token"] == (1.2, True)
+    found["4096x12288, 2"] = {"tokens": 2, "ours": {"error": "out of memory"}}
+    assert verdicts(a_record(int4=found))["the same, least at any number of tokens"] == (None, None)
+
+
+@needs_triton
+def test_every_kernel_for_packed_weights_is_measured_and_right(smoke: Any) -> None:
+    results = smoke[1]["parts"]["int4"]["results"]
+    assert max(results["error"]["relative_error"].values()) < 1e-5
+    case = results["64x96, 3"]
+    codes, grids = 64 * 96 // 2, 96 * (4 + 1)  # one group of 64 columns; scales of fp32 and zero points of one byte
+    assert case["bytes"] == 2 * codes + grids + 3 * (64 + 96) * 4, "half of a block of 128 columns is padding"
+    assert all(case[name]["speedup"] > 0 for name in ("gemv", "gemm", "dequantize + matmul", "ours"))
+    assert results["layer, 1"]["speedup"] > 0
 
 
 def test_bars_are_judged_by_the_worst_case_and_the_best_setting() -> None:
