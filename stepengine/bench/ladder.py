@@ -21,7 +21,7 @@ SLOTS = 4  # requests of MAX_MODEL_LEN tokens for which every stage has K/V memo
 PLACES = 32  # requests that may run at once from stage 2 on, if that memory holds them
 MAX_MODEL_LEN = 128  # no set below asks for more
 ROUNDS = 3  # of runs whose medians are shown; the fast form makes one
-PATIENCE_S = 150.0  # on a machine so slow or busy that this much has passed, no further round begins
+PATIENCE_S = 110.0  # on a machine so slow or busy that this much has passed, no further round begins
 
 
 def run(
