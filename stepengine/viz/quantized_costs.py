@@ -223,7 +223,7 @@ def weight_bytes(rows: Sequence[Row], linear: Sequence[str] = LINEAR) -> "go.Fig
             x=total / size, y=place, text=f"<b>{_bytes(total)}</b>" + f"<br>{ratio}" * bool(place), showarrow=False,
             xanchor="left", xshift=8, align="left", font={"size": 13, "color": INK},
         )  # fmt: skip
-    figure.update_xaxes(title_text=f"bytes of weights ({unit}, powers of ten)", range=[0, max(totals) / size],
+    figure.update_xaxes(title_text=f"bytes of weights ({unit})", range=[0, max(totals) / size],
                         showgrid=True, nticks=7)  # fmt: skip
     return figure.update_yaxes(
         tickvals=places, ticktext=[row["name"] for row in rows], range=[len(rows) - 0.5, -0.5], showgrid=False,
