@@ -86,11 +86,6 @@ def alone_set(ids: Any, fast: bool) -> Workload:
     return workloads.uniform(ids, seed=7, count=1, prompt=(32, 32), output=(16, 16) if fast else (48, 48))
 
 
-def _one_slot(stage: str, fast: bool) -> dict[str, Any]:
-    """Engines for one request."""
-    return {"slots": 1, "max_model_len": 96}
-
-
 def _room(stage: str, fast: bool) -> dict[str, Any]:
     """Engines for sets with long prompts."""
     chunks = {"max_num_batched_tokens": BUDGET} if stage in ("4a", "4") else {}
@@ -153,7 +148,6 @@ METRICS = {
             Number("a decode step", "ms", "lower", lambda run: median(run.step_ms[1])),
         ),
         alone_set,
-        settings=_one_slot,
     ),
 }
 """By stage name. A stage that is not listed is measured by its speed."""
