@@ -189,7 +189,9 @@ class _Saved:
             (self.folder / "key.json").write_text(json.dumps(self.key))
         with suppress(OSError, SafetensorError, ValueError, TypeError, KeyError):
             with safe_open(self.folder / "state.safetensors", framework="pt") as file:
-                self.done = int(file.metadata()["layers"])
+                done = int(file.metadata()["layers"])
+            if all((self.folder / f"layer-{index}.safetensors").is_file() for index in range(done)):
+                self.done = done
 
     def state(self, device: torch.device) -> tuple[Tensor, Tensor] | None:
         if not self.done:

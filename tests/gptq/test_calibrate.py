@@ -94,7 +94,7 @@ def test_an_interrupted_run_goes_on_where_it_was(folder, decoder, tmp_path):
         assert torch.equal(found[name].codes, weight.codes) and torch.equal(found[name].scales, weight.scales)
 
 
-@pytest.mark.parametrize("change", ["recipe", "tokens", "broken state"])
+@pytest.mark.parametrize("change", ["recipe", "tokens", "broken state", "lost layer"])
 def test_a_run_with_other_arguments_does_not_go_on(folder, decoder, tmp_path, change):
     first = quantized_layers(decoder, TOKENS, RECIPE, tmp_path / "work")
     next(first)
@@ -103,6 +103,8 @@ def test_a_run_with_other_arguments_does_not_go_on(folder, decoder, tmp_path, ch
     tokens = TOKENS + 1 if change == "tokens" else TOKENS
     if change == "broken state":
         (tmp_path / "work" / "state.safetensors").write_bytes(b"half a file")
+    if change == "lost layer":
+        (tmp_path / "work" / "layer-0.safetensors").unlink()
     fresh = load_decoder(folder, "cpu", torch.float32, 64)
     found = dict(quantized_layers(fresh, tokens, recipe, tmp_path / "work"))
     wanted = dict(quantized_layers(load_decoder(folder, "cpu", torch.float32, 64), tokens, recipe))
