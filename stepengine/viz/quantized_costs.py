@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from stepengine.calculator import GPUS as TABLE
 from stepengine.errors import InvalidSetting
 from stepengine.viz.grid import WIDTH, listed, reals, wholes
 from stepengine.viz.quantized import (
@@ -32,7 +33,7 @@ Row = Mapping[str, Any]
 GREEN = HUES[2]
 OTHERS = (VERMILION, BLUE, ROSE, ORANGE, SKY)
 EXPLODES = 20  # from the smallest to the largest rise of perplexity: beyond it powers are drawn
-GPUS = {"L4, 4090": 24, "H100": 80, "H200": 141}  # GB of memory
+GPUS = {"L4, 4090": TABLE["L4"].memory_gb, "H100": TABLE["H100 (SXM)"].memory_gb, "H200": TABLE["H200"].memory_gb}
 LINEAR = ("attention", "mlp", "scales and zeros")  # what quantising linear layers changes
 
 

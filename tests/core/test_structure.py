@@ -72,7 +72,9 @@ def allowed(path: Path, module: str, lazy: bool) -> bool:
         return module == "stepengine.core.plan"
     if here == "viz":
         drives = path.name in ("player.py", "widgets.py") and lazy and there == "llm"
-        return there == "trace" or module == "stepengine.core.plan" or drives
+        return there in ("trace", "calculator") or module == "stepengine.core.plan" or drives
+    if here == "calculator":
+        return there == "model"
     if here == "contracts":
         return there in ("core", "model", "trace") or (lazy and there == "llm")
     if here == "stages":
