@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from stepengine.contracts.report import Promise, Report, expect, run_promises
+from stepengine.contracts.report import Promise, Report, expect, name_of, run_promises
 from stepengine.core.batch import Staging
 from stepengine.core.kv_pool import KVPool
 from stepengine.core.plan import Chunk
@@ -189,7 +189,7 @@ def check_attention(
             play(case, stale=True, strided=True)
 
     return run_promises(
-        f"Attention {getattr(make, '__name__', make)}",
+        f"Attention {name_of(make)}",
         [
             Promise("one token attends to itself", alone, "the softmax of one score is 1: the output is its value"),
             Promise("a prompt attends causally", causal, "token i sees tokens 0 to i; scores are scaled by 1/sqrt(D)"),

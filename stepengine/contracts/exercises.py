@@ -11,7 +11,16 @@ from stepengine.contracts.graph_exercises import check_bucket, check_idle_fracti
 from stepengine.contracts.paged_exercises import check_copies, check_pick_victim, check_slot
 from stepengine.contracts.prefix_exercises import check_hit_tokens
 from stepengine.contracts.quant_exercises import check_compensate, check_quantize_group
-from stepengine.contracts.report import Promise, Report, expect, run_promises
+from stepengine.contracts.report import (
+    Promise,
+    Report,
+    called,
+    expect,
+    name_of,
+    run_promises,
+    same_number,
+    whole_number,
+)
 from stepengine.core.kv_pool import KVPool
 from stepengine.core.request import Request, SamplingParams
 from stepengine.core.seams import KVCache, Limits
@@ -48,13 +57,23 @@ def check_greedy_generate(greedy_generate: Callable[..., list[int]], llm: Any) -
             break
     absent = next(token for token in range(llm.config.vocab_size) if token not in right)
 
+    passes = 0
+
+    def model(ids: Any) -> Any:
+        nonlocal passes
+        passes += 1
+        expect(passes <= 3 * params.max_tokens, f"{passes} forward passes for at most {params.max_tokens} new tokens")
+        return llm.logits(ids)
+
     def compare(max_tokens: int, eos: int, wanted: list[int]) -> None:
-        ids = list(prompt)
-        got = greedy_generate(llm.logits, ids, max_tokens, eos)
+        nonlocal passes
+        ids, passes = list(prompt), 0
         case = f"prompt of {len(prompt)} tokens, max_tokens={max_tokens}, eos={eos}"
+        got = called(case, greedy_generate, model, ids, max_tokens, eos)
         expect(ids == prompt, f"{case}: the list `ids` was changed")
         expect(isinstance(got, list), f"{case}: the answer is a {type(got).__name__}, not a list of token ids")
-        expect(got == wanted, f"{case}: got {got}, stage 0 gives {wanted}")
+        new = [whole_number(token, f"{case}: new token {place}") for place, token in enumerate(got)]
+        expect(new == wanted, f"{case}: got {new}, stage 0 gives {wanted}")
 
     def one() -> None:
         compare(1, absent, right[:1])
@@ -89,13 +108,14 @@ def check_tokens_computed(tokens_computed: Callable[[int, int], int], llm: Any) 
         before = len(llm.trace.steps)
         llm.generate([prompt], params)
         spent = sum(step.plan.num_tokens for step in llm.trace.steps[before:])
-        got = tokens_computed(prompt_tokens, new_tokens)
-        expect(got == spent, f"P={prompt_tokens}, N={new_tokens}: got {got}, the trace sums to {spent}")
+        case = f"P={prompt_tokens}, N={new_tokens}"
+        got = called(case, tokens_computed, prompt_tokens, new_tokens)
+        same_number(got, spent, case, f"the trace sums to {spent}")
 
     def large() -> None:
         wanted = sum(1000 + step for step in range(5000))
-        got = tokens_computed(1000, 5000)
-        expect(got == wanted, f"P=1000, N=5000: got {got}, adding up all steps gives {wanted}")
+        case = "P=1000, N=5000"
+        same_number(called(case, tokens_computed, 1000, 5000), wanted, case, f"adding up all steps gives {wanted}")
 
     return run_promises(
         "tokens_computed",
@@ -118,13 +138,10 @@ def check_kv_bytes_per_token(kv_bytes_per_token: Callable[[ModelConfig, torch.dt
     def compare(dtype: torch.dtype, *configs: dict[str, Any]) -> None:
         for given in configs:
             cfg = ModelConfig.from_dict(given)
-            got, wanted = kv_bytes_per_token(cfg, dtype), stored(cfg, dtype)
-            expect(
-                not isinstance(got, bool) and got == wanted,
-                f"num_layers={cfg.num_layers}, num_heads={cfg.num_heads}, num_kv_heads={cfg.num_kv_heads}, "
-                f"head_dim={cfg.head_dim}, hidden_size={cfg.hidden_size}, "
-                f"{str(dtype).removeprefix('torch.')}: got {got}, stored are {wanted}",
-            )
+            case = f"num_layers={cfg.num_layers}, num_heads={cfg.num_heads}, num_kv_heads={cfg.num_kv_heads}, "
+            case += f"head_dim={cfg.head_dim}, hidden_size={cfg.hidden_size}, {str(dtype).removeprefix('torch.')}"
+            wanted = stored(cfg, dtype)
+            same_number(called(case, kv_bytes_per_token, cfg, dtype), wanted, case, f"stored are {wanted}")
 
     def tiny(**changes: Any) -> dict[str, Any]:
         return tiny_config("llama", **changes)
@@ -187,8 +204,9 @@ def check_my_cache(make: Callable[[Limits], KVCache]) -> Report:
             grant = cache.grow(request, upto)
             request.blocks.extend(grant.blocks if grant else ())
             kept = cache.commit(request, upto)
+            kept = whole_number(kept, f"commit(request, {upto})")
             expect(
-                isinstance(kept, int) and 0 <= kept <= upto,
+                0 <= kept <= upto,
                 f"commit(request, {upto}) answered {kept}: the K/V of token {upto} would be read and never written",
             )
 
@@ -209,7 +227,7 @@ def check_my_cache(make: Callable[[Limits], KVCache]) -> Report:
             )
 
     return run_promises(
-        f"KV cache {getattr(make, '__name__', make)}",
+        f"KV cache {name_of(make)}",
         [
             Promise("commit claims nothing that was not computed", honest, "commit(request, upto) is at most upto"),
             Promise("the tokens are stage 0's", right, "what survives must be a prefix of what was computed"),
@@ -288,13 +306,11 @@ def _check_steps(
         def compare() -> None:
             for lengths, slots in cases:
                 given = list(lengths)
-                got, wanted = answer(given, slots), _decode_steps(stage, lengths, slots)
                 case = f"lengths={lengths}, slots={slots}"
+                got = called(case, answer, given, slots)
                 expect(given == lengths, f"{case}: the list `lengths` was changed")
-                expect(
-                    not isinstance(got, bool) and got == wanted,
-                    f"{case}: got {got}, the trace of stage {stage} has {wanted} decode steps",
-                )
+                wanted = _decode_steps(stage, lengths, slots)
+                same_number(got, wanted, case, f"the trace of stage {stage} has {wanted} decode steps")
 
         return compare
 

@@ -6,8 +6,11 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from stepengine.contracts.report import Promise, Report, expect, run_promises
+from stepengine.contracts.report import Promise, Report, called, expect, run_promises, same_number
+from stepengine.core.batch import Batch
+from stepengine.core.kv_pool import KVPool
 from stepengine.errors import StepEngineError
+from stepengine.model.config import ModelConfig
 
 State = tuple[Tensor, Tensor, Tensor]
 OnlineUpdate = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], State]
@@ -15,6 +18,48 @@ Count = Callable[[Sequence[tuple[int, int, int]]], list[int]]
 
 HEAD_DIM, BYTES = 16, 4  # of `hbm_bytes`: one head in fp32
 _NAMES = ("m", "l", "acc")
+
+
+class TiledAttention:
+    """An attention whose arithmetic is the reader's `online_update`, tile after tile: for `LLM(attention=...)`.
+
+    A tile is a block of K/V. Slow: a call for each request, head and tile.
+    """
+
+    capturable = False
+
+    def __init__(self, config: ModelConfig, pool: KVPool, online_update: OnlineUpdate) -> None:
+        self.pool, self.online_update = pool, online_update
+        self.num_kv_heads = config.num_kv_heads
+        self.scale = math.log2(math.e) / math.sqrt(config.head_dim)  # scores in units of log2
+
+    def forward(self, layer: int, q: Tensor, k: Tensor, v: Tensor, batch: Batch) -> Tensor:
+        """q [T, Hq, D], k and v [T, Hk, D] -> [T, Hq, D]; k and v are stored on the way."""
+        self.pool.store(layer, k, v, batch)
+        rows = zip(q.split(batch.lengths), batch.tables.tolist(), batch.starts, strict=True)
+        return torch.cat([self._chunk(self.pool.layers[layer], *row) for row in rows])
+
+    def _chunk(self, storage: Tensor, q: Tensor, table: list[int], start: int) -> Tensor:
+        """One request's queries [L, Hq, D], the first at position `start`."""
+        length, heads, dim = q.shape
+        size, group, end = self.pool.block_size, heads // self.num_kv_heads, start + length
+        queries = q.float().view(length, -1, group, dim).transpose(0, 1).flatten(1, 2)  # [Hk, L x G, D]
+        seen = torch.arange(start, end).repeat_interleave(group)[:, None]  # the last key of each row
+        out = []
+        for head, rows in enumerate(queries):
+            state: State = torch.full((len(rows),), -math.inf), torch.zeros(len(rows)), torch.zeros(len(rows), dim)
+            for begin in range(0, end, size):
+                keys, values = storage[table[begin // size], :, head, : end - begin].float()  # [K, D]
+                hidden = torch.arange(begin, begin + len(keys)) > seen
+                scores = (rows @ keys.T * self.scale).masked_fill(hidden, -math.inf)
+                state = self.online_update(*state, scores, values)
+            out.append(state[2] / state[1][:, None])
+        return torch.stack(out).unflatten(1, (length, group)).transpose(0, 1).flatten(1, 2).to(q.dtype)
+
+
+def tiled(online_update: OnlineUpdate) -> Callable[[ModelConfig, KVPool], TiledAttention]:
+    """`TiledAttention` with this update, ready for `LLM(attention=...)`."""
+    return lambda config, pool: TiledAttention(config, pool, online_update)
 
 
 def check_online_update(online_update: OnlineUpdate) -> Report:
@@ -28,8 +73,8 @@ def check_online_update(online_update: OnlineUpdate) -> Report:
         for count, (scores, shown) in enumerate(zip(tiles, values, strict=True), 1):
             given = (*state, scores, shown)
             kept = [tensor.clone() for tensor in given]
-            got = online_update(*given)
             where = f"{said}, tile {count}"
+            got = called(where, online_update, *given)
             unchanged = all(torch.equal(a, b) for a, b in zip(given, kept, strict=True))
             expect(unchanged, f"{where}: an argument was changed in place")
             whole = isinstance(got, tuple) and len(got) == 3 and all(isinstance(part, Tensor) for part in got)
@@ -121,10 +166,8 @@ def check_hbm_bytes(hbm_bytes: Callable[[int, int, int], int], kernel_bytes: Cou
     """
 
     def compare(case: tuple[int, int, int], wanted: int, source: str) -> None:
-        got = hbm_bytes(*case)
         call = f"hbm_bytes({', '.join(map(str, case))})"
-        right = not isinstance(got, bool) and got == wanted
-        expect(right, f"{call}: got {got}, {source} {wanted}")
+        same_number(called(call, hbm_bytes, *case), wanted, call, f"{source} {wanted}")
 
     def by_hand(*cases: tuple[int, int, int]) -> Callable[[], None]:
         def check() -> None:

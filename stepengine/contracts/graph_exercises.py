@@ -1,17 +1,25 @@
 """Checks of the exercises of notebook 03b: the size of a captured step, and the idle time of the device."""
 
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 from unittest import mock
 
-from stepengine.contracts.report import Promise, Report, expect, run_promises
+from stepengine.contracts.report import Promise, Report, called, expect, run_promises, whole_number
 from stepengine.core import graphs
 from stepengine.core.plan import Chunk, StepPlan, StepRecord
 from stepengine.core.request import SamplingParams
 from stepengine.trace import Trace
 
 MOST = 64  # rows, in the cases
+
+
+@contextmanager
+def padded_by(bucket: Callable[[int], int]) -> Iterator[None]:
+    """Within the block, stage 3's engine pads a step of decodes to `bucket(rows)` rows, `max_num_seqs` at most."""
+    with mock.patch.object(graphs, "decode_bucket", lambda rows, most: min(most, bucket(rows))):
+        yield
 
 
 def check_bucket(bucket: Callable[[int], int]) -> Report:
@@ -21,10 +29,10 @@ def check_bucket(bucket: Callable[[int], int]) -> Report:
     def each(holds: Callable[[int, int], str]) -> Callable[[], None]:
         def check() -> None:
             for batch in range(1, MOST + 1):
-                got = bucket(batch)
-                number = isinstance(got, int) and not isinstance(got, bool)
-                wrong = holds(batch, got) if number else "that is no whole number"
-                expect(not wrong, f"bucket({batch}): got {got!r}, {wrong}")
+                call = f"bucket({batch})"
+                got = whole_number(called(call, bucket, batch), call)
+                wrong = holds(batch, got)
+                expect(not wrong, f"{call}: got {got}, {wrong}")
 
         return check
 
@@ -42,14 +50,14 @@ def check_bucket(bucket: Callable[[int], int]) -> Report:
         from stepengine.llm import LLM
 
         for batch in range(1, 13):
-            size = bucket(batch)
-            runs = isinstance(size, int) and not isinstance(size, bool) and size >= batch
-            expect(runs, f"bucket({batch}): got {size!r}; the engine cannot run {batch} rows with that")
+            call = f"bucket({batch})"
+            size = whole_number(called(call, bucket, batch), call)
+            expect(size >= batch, f"{call}: got {size}; the engine cannot run {batch} rows with that")
         prompts = [[5 + number, 9, 2, 7, 3][: 2 + number % 4] for number in range(12)]
         params = [SamplingParams(temperature=0.0, max_tokens=3 + n, ignore_eos=True) for n in range(12)]
         sizes_of: dict[str, Any] = {"max_num_seqs": 12, "max_model_len": 32}
         right = [out.outputs[0].token_ids for out in LLM("tiny-random", stage=0, **sizes_of).generate(prompts, params)]
-        with mock.patch.object(graphs, "decode_bucket", lambda rows, most: min(most, bucket(rows))):
+        with padded_by(bucket):
             llm = LLM("tiny-random", stage=3, cuda_graphs="padded", trace=True, **sizes_of)
             outs = llm.generate(prompts, params)
         assert llm.trace is not None
@@ -97,13 +105,13 @@ def check_idle_fraction(idle_fraction: Callable[[Trace], float | None]) -> Repor
     def compare(*cases: Sequence[tuple[int, int] | None]) -> Callable[[], None]:
         def check() -> None:
             for spans in cases:
-                got, wanted = idle_fraction(_trace_of(spans)), counted(spans)
                 said = ", ".join(f"{span[0]} to {span[1]} ms" if span else "no times" for span in spans) or "no steps"
+                got, wanted = called(said, idle_fraction, _trace_of(spans)), counted(spans)
                 if wanted is None:
                     expect(got is None, f"{said}: got {got!r}, and nothing can be said: return None")
                     continue
                 number = isinstance(got, int | float) and not isinstance(got, bool)
-                right = number and abs(got - wanted) < 1e-6  # type: ignore[operator]
+                right = bool(number and abs(got - wanted) < 1e-6)
                 expect(right, f"{said}: got {got!r}, counted {wanted:.4f}")
 
         return check

@@ -4,7 +4,7 @@ import random
 from collections.abc import Callable
 
 from stepengine.contracts.paged_cache import paged_promises
-from stepengine.contracts.report import Promise, Report, expect, run_promises
+from stepengine.contracts.report import Promise, Report, expect, name_of, run_promises
 from stepengine.core.request import Request, SamplingParams, State
 from stepengine.core.seams import KVCache, Limits
 
@@ -143,7 +143,7 @@ def check_kv_cache(
             return []
 
     report = run_promises(
-        f"KV cache {getattr(make, '__name__', make)}",
+        f"KV cache {name_of(make)}",
         [
             Promise("a new cache is empty and finds nothing", fresh, "look at __init__, free_tokens and match"),
             Promise("grow makes room for every token it is asked for", room, "blocks x block_size must reach upto"),

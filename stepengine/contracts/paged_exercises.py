@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from stepengine.contracts.played import Memory, Run
-from stepengine.contracts.report import Promise, Report, expect, run_promises
+from stepengine.contracts.report import Promise, Report, called, expect, run_promises, same_number
 from stepengine.contracts.scheduler import tight_cases
 from stepengine.core.batch import Staging
 from stepengine.core.plan import Chunk
@@ -29,11 +29,11 @@ def check_slot(slot: Callable[[list[int], int, int], int]) -> Report:
         for table, positions, block_size in cases:
             for position in positions:
                 given = list(table)
-                got, wanted = slot(given, position, block_size), _stored_at(table, position, block_size)
                 call = f"slot({table}, {position}, {block_size})"
+                got = called(call, slot, given, position, block_size)
                 expect(given == table, f"{call}: the list `table` was changed")
-                right = not isinstance(got, bool) and got == wanted
-                expect(right, f"{call}: got {got}, the engine stores that token at {wanted}")
+                wanted = _stored_at(table, position, block_size)
+                same_number(got, wanted, call, f"the engine stores that token at {wanted}")
 
     def start() -> None:
         compare(([3], (0, 1, 5, 15), 16))
@@ -83,10 +83,10 @@ def check_copies(copies: Callable[[int, int, int], int]) -> Report:
     def compare(*cases: tuple[int, int, int]) -> Callable[[], None]:
         def check() -> None:
             for prompt_len, n, block_size in cases:
-                got, wanted = copies(prompt_len, n, block_size), counted(prompt_len, n, block_size)
                 case = f"copies({prompt_len}, {n}, {block_size})"
-                right = not isinstance(got, bool) and got == wanted
-                expect(right, f"{case}: got {got}, the trace of stage 2 has {wanted}")
+                wanted = counted(prompt_len, n, block_size)
+                got = called(case, copies, prompt_len, n, block_size)
+                same_number(got, wanted, case, f"the trace of stage 2 has {wanted}")
 
         return check
 
@@ -136,14 +136,12 @@ def check_pick_victim(pick_victim: Callable[[Sequence[Request]], Request]) -> Re
 
     def member() -> None:
         for priorities in ([0], [0, 0], [0, 0, 1], [1, 1, 1, 2]):
-            running = [
+            running = tuple(
                 Request(number, [1] * (3 + number), SamplingParams(), 32, priority=priority, state=State.RUNNING)
                 for number, priority in enumerate(priorities)
-            ]
-            given = list(running)
-            got = pick_victim(given)
+            )
             said = f"running = {[f'request {r.id}' for r in running]}"
-            expect(given == running, f"{said}: the list was changed")
+            got = called(said, pick_victim, running)
             expect(any(got is request for request in running), f"{said}: got {got!r}, which is none of them")
 
     def ends() -> None:
@@ -169,7 +167,7 @@ def check_pick_victim(pick_victim: Callable[[Sequence[Request]], Request]) -> Re
     return run_promises(
         "pick_victim",
         [
-            Promise("the victim is one of the running requests", member, "return one entry of the list"),
+            Promise("the victim is one of the running requests", member, "return one entry of `running`, a request"),
             Promise("every request ends, in any pool that holds the largest", ends, "solve the promise above first"),
             Promise("the first in line never gives way, so each ends in turn", starves, "which entry came last?"),
             Promise("nobody gives way to a lower priority", priorities, "a lower number goes first, and stays longest"),

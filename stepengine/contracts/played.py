@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-from stepengine.contracts.report import expect
+from stepengine.contracts.report import Violation, called, expect
 from stepengine.core.plan import Chunk, StepPlan, Swap
 from stepengine.core.request import Request, SamplingParams, State
 from stepengine.core.seams import Grant, Limits, Scheduler
@@ -16,6 +16,7 @@ class Places:
         self.free = list(range(limits.num_blocks, 0, -1))
         self.size = limits.block_size
         self.capacity_tokens = limits.num_blocks * limits.block_size
+        self.refused = False  # whether somebody asked for more than there is
 
     @property
     def free_tokens(self) -> int:
@@ -27,6 +28,7 @@ class Places:
     def grow(self, request: Request, upto: int) -> Grant | None:
         if request.blocks:
             return Grant()
+        self.refused = not self.free
         return Grant((self.free.pop(),)) if self.free else None
 
     def commit(self, request: Request, upto: int) -> int:
@@ -119,6 +121,11 @@ class Job(NamedTuple):
     arrives: int = 0
 
 
+def own(number: int) -> int:
+    """The token that the played device samples for a request, and for no other."""
+    return 1000 + number
+
+
 def line(request: Request) -> tuple[int, int]:
     """A request's place in line: priority first, then arrival."""
     return request.priority, request.id
@@ -173,9 +180,12 @@ class Run:
         before = {number: request.scheduled for number, request in self.requests.items()}
         ran = [request for request in self.requests.values() if request.state is State.RUNNING]
         decoding = [request for request in ran if request.due == 1]
-        if isinstance(self.cache, Pages):
-            self.cache.refused = False
-        plan = self.scheduler.plan()
+        self.cache.refused = False
+        try:
+            plan: StepPlan = called(f"{self.case}: plan() of step {self.steps}", self.scheduler.plan)
+        except Violation as broken:
+            why = "; cache.grow had answered None, because no place is free" if self.cache.refused else ""
+            raise Violation(f"{broken}{why}") from None
         self.steps += 1
         if isinstance(self.cache, Pages):
             before |= self.check_moves(plan, ran)
@@ -204,8 +214,10 @@ class Run:
         waiting = any(request.state is State.WAITING for request in self.requests.values())
         if waiting:
             self.idle_places += self.limits.max_num_seqs - len(live)
-        tokens = [7 if chunk.end == self.requests[chunk.request].num_tokens else -1 for chunk in plan.chunks]
-        for number, reason in self.scheduler.update(plan, tokens):
+        tokens = [own(c.request) if c.end == self.requests[c.request].num_tokens else -1 for c in plan.chunks]
+        ended = self.scheduler.update(plan, tokens)
+        self.check_rows(plan, tokens)
+        for number, reason in ended:
             request = self.requests[number]
             said = f"{self.case}: request {number} was reported finished after {request.num_outputs} outputs"
             expect(request.state is State.FINISHED and request.num_outputs == self.jobs[number].output, said)
@@ -215,6 +227,16 @@ class Run:
             over = f"{self.case}: request {request.id} has all its outputs but is still {request.state.value}"
             expect(not done or request.state is State.FINISHED, over)
         return plan
+
+    def check_rows(self, plan: StepPlan, tokens: list[int]) -> None:
+        """Each request's newest token must be the one that its own row sampled."""
+        for chunk, token in zip(plan.chunks, tokens, strict=True):
+            outputs = self.requests[chunk.request].output_ids
+            got = outputs[-1] if outputs else own(chunk.request)
+            whose = next((number for number in self.requests if own(number) == got), None)
+            where = f"{self.case}: step {plan.step} ran requests {[c.request for c in plan.chunks]} in this order"
+            said = "no token of this step" if whose is None else f"the token that was sampled for request {whose}"
+            expect(token < 0 or got == token, f"{where}; request {chunk.request} was given {said}")
 
     def check_moves(self, plan: StepPlan, ran: list[Request]) -> dict[int, int]:
         """Preemptions and swaps as the plan tells them against the requests' states; where the movers go on."""

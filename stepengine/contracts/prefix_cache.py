@@ -5,7 +5,7 @@ from collections.abc import Callable
 
 from stepengine.contracts.kv_cache import check_kv_cache
 from stepengine.contracts.paged_cache import Device
-from stepengine.contracts.report import Promise, Report, expect, run_promises
+from stepengine.contracts.report import Promise, Report, expect, name_of, run_promises
 from stepengine.core.request import Request, State
 from stepengine.core.seams import KVCache, Limits
 
@@ -212,7 +212,7 @@ def check_prefix_cache(make: Callable[[Limits], KVCache], block_size: int = 4) -
                     device.end(rng.choice(live))
             device.whole()
 
-    name = f"Prefix cache {getattr(make, '__name__', make)}"
+    name = f"Prefix cache {name_of(make)}"
     paged = check_kv_cache(make, block_size=block_size, num_blocks=12, max_model_len=longest)
     report = run_promises(
         name,

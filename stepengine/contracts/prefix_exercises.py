@@ -3,7 +3,7 @@
 import random
 from collections.abc import Callable
 
-from stepengine.contracts.report import Promise, Report, expect, run_promises
+from stepengine.contracts.report import Promise, Report, called, expect, run_promises, same_number
 from stepengine.core.request import SamplingParams
 
 LONGEST = 200  # tokens of a prompt in the check
@@ -30,10 +30,11 @@ def check_hit_tokens(hit_tokens: Callable[[list[int], list[int], int], int]) -> 
 
     def compare(said: str, a: list[int], b: list[int], block_size: int) -> None:
         given = list(a), list(b)
-        got, wanted = hit_tokens(*given, block_size), _counted(a, b, block_size)
-        expect(given == (a, b), f"{said}: a list was changed")
-        right = not isinstance(got, bool) and got == wanted
-        expect(right, f"{said}, blocks of {block_size}: got {got}, the engine finds {wanted}")
+        case = f"{said}, blocks of {block_size}"
+        got = called(case, hit_tokens, *given, block_size)
+        expect(given == (a, b), f"{case}: a list was changed")
+        wanted = _counted(a, b, block_size)
+        same_number(got, wanted, case, f"the engine finds {wanted}")
 
     def sharing(shared: int, first: int, second: int, block_size: int) -> None:
         """Two prompts with a beginning of `shared` tokens, and so many tokens of their own."""

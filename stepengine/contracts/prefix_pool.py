@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 from stepengine.contracts.block_pool import check_block_pool
-from stepengine.contracts.report import Promise, Report, expect, run_promises
+from stepengine.contracts.report import Promise, Report, expect, name_of, run_promises
 
 Path = tuple[tuple[int, ...], ...]  # the tokens of a block and of all blocks before it
 
@@ -139,7 +139,7 @@ def check_prefix_pool(make: Callable[[int], Any]) -> Report:
     It is a block pool (`check_block_pool`) with `find(key)` and `seal(block, key)`. A key has `tokens` (of one block),
     `parent` (the key before it, or None) and `salt`. Never raises; see the report.
     """
-    name = f"Prefix pool {getattr(make, '__name__', make)}"
+    name = f"Prefix pool {name_of(make)}"
 
     def surface() -> None:
         pool = make(3)
@@ -218,7 +218,8 @@ def check_prefix_pool(make: Callable[[int], Any]) -> Report:
     if not first.ok:
         return first
     plain, rest = check_block_pool(make), run_promises(name, ours[1:])
-    return Report(name, plain.passed + first.passed + rest.passed, plain.failed + rest.failed, plain.remarks)
+    plain.name = name
+    return plain.then(first).then(rest)
 
 
 class _Name:
@@ -266,12 +267,39 @@ class _Tree:
     def pick(self) -> _Name:
         entry: _Name = self.evictor.pick()
         case = "; ".join(self.calls)
-        said = f"{case}; pick() gave {getattr(entry, 'path', entry)}"
-        expect(entry in self.free, f"{said}, which was not released, or is held again, or was picked before")
+        said = f"{case}; pick() gave {entry.path if isinstance(entry, _Name) else repr(entry)}"
+        expect(
+            any(entry is free for free in self.free),
+            f"{said}, which was not released, or is held again, or was picked before",
+        )
         below = [other.path for other in self.free if other.parent is entry]
         expect(not below, f"{said} before {' and '.join(below)}")
         self.free.remove(entry)
         self.calls.append(f"pick() gave {entry.path}")
+        return entry
+
+
+class _Watched:
+    """An evictor whose picks are looked at before a pool uses them."""
+
+    def __init__(self, evictor: Any) -> None:
+        self.evictor = evictor
+        self.free: list[Any] = []
+
+    def released(self, entry: Any) -> None:
+        self.free.append(entry)
+        self.evictor.released(entry)
+
+    def taken(self, entry: Any) -> None:
+        self.free = [other for other in self.free if other is not entry]
+        self.evictor.taken(entry)
+
+    def pick(self) -> Any:
+        entry = self.evictor.pick()
+        right = any(entry is free for free in self.free)
+        kind = "None" if entry is None else f"a {type(entry).__name__}"
+        expect(right, f"{len(self.free)} entries may be picked; pick() gave {kind}, which is none of them")
+        self.free = [other for other in self.free if other is not entry]
         return entry
 
 
@@ -353,7 +381,7 @@ def check_evictor(make: Callable[[], Any]) -> Report:
 
         pool: Any = LLM("tiny-random", stage="4b", max_model_len=16).stage.parts.block_pool
         for steps in (5, 10, 20, 50, 200):
-            play(lambda num_blocks: pool(num_blocks, evictor=make()), steps)
+            play(lambda num_blocks: pool(num_blocks, evictor=_Watched(make())), steps)
 
     def tokens() -> None:
         from stepengine.llm import LLM, SamplingParams
@@ -364,13 +392,13 @@ def check_evictor(make: Callable[[], Any]) -> Report:
         llm = LLM("tiny-random", stage="4b", max_model_len=32)
         pool: Any = llm.stage.parts.block_pool
         small: dict[str, Any] = {"block_size": 2, "num_blocks": 17, "max_num_seqs": 3, "max_model_len": 32}
-        made = LLM("tiny-random", stage="4b", block_pool=lambda blocks: pool(blocks, evictor=make()), **small)
+        made = LLM("tiny-random", stage="4b", block_pool=lambda blocks: pool(blocks, evictor=_Watched(make())), **small)
         outs = made.generate(prompts, params)
         for number, (out, right) in enumerate(zip(outs, wanted, strict=True)):
             got = out.outputs[0].token_ids
             expect(got == right, f"request {number}: got {got}, stage 0 gives {right}")
 
-    name = f"Evictor {getattr(make, '__name__', make)}"
+    name = f"Evictor {name_of(make)}"
     first = run_promises(name, [Promise("it has what a pool calls", surface, "released(entry), taken(entry), pick()")])
     if not first.ok:
         return first
@@ -385,4 +413,4 @@ def check_evictor(make: Callable[[], Any]) -> Report:
             Promise("the tokens are stage 0's", tokens, "giving up a block costs time, not tokens"),
         ],
     )
-    return Report(name, first.passed + rest.passed, rest.failed, rest.remarks)
+    return first.then(rest)

@@ -7,12 +7,23 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from stepengine.contracts.report import Promise, Report, expect, run_promises
+from stepengine.contracts.report import Promise, Report, Violation, called, expect, run_promises
 
 QuantizeGroup = Callable[[Tensor, int], tuple[Any, Any, Any]]
 Compensate = Callable[[Tensor, Tensor, int], Tensor]
 
+_PARTS = ("codes", "scale", "zero")
 _CLOSE = 1e-5  # of a scale, or of a least-squares answer: what fp32 may be off
+
+
+def _numbers(said: str, part: Any) -> Tensor:
+    """`part` as a float64 tensor, if it is made of numbers at all."""
+    try:
+        found = torch.as_tensor(part)
+        assert not found.is_complex()
+        return found.double()
+    except Exception:
+        raise Violation(f"{said} is {part!r}, which is no tensor of numbers") from None
 
 
 def check_quantize_group(quantize_group: QuantizeGroup) -> Report:
@@ -24,11 +35,11 @@ def check_quantize_group(quantize_group: QuantizeGroup) -> Report:
         kept = given.clone()
         listed = ", ".join(f"{value:g}" for value in weights)
         case = f"quantize_group({name or f'[{listed}]'}, {bits})"
-        got = quantize_group(given, bits)
+        got = called(case, quantize_group, given, bits)
         expect(torch.equal(given, kept), f"{case}: w was changed in place")
         whole = isinstance(got, tuple) and len(got) == 3 and all(part is not None for part in got)
         expect(whole, f"{case}: got {got!r}, not (codes, scale, zero)")
-        codes, scale, zero = (torch.as_tensor(part).double() for part in got)
+        codes, scale, zero = (_numbers(f"{case}: {name}", part) for name, part in zip(_PARTS, got, strict=True))
         expect(codes.shape == given.shape, f"{case}: codes have shape {list(codes.shape)}, w has {list(given.shape)}")
         expect(scale.numel() == 1 and zero.numel() == 1, f"{case}: scale and zero must be one number each")
         expect(bool(scale.isfinite()) and float(scale) > 0, f"{case}: scale is {float(scale):g}, it must be above 0")
@@ -134,8 +145,8 @@ def check_compensate(compensate: Compensate) -> Report:
         exact = inputs.double()
         given = weight.double(), torch.linalg.inv(exact.T @ exact)
         kept = [tensor.clone() for tensor in given]
-        got = compensate(*given, j)
         where = f"{said}, j = {j}"
+        got = called(where, compensate, *given, j)
         expect(all(torch.equal(a, b) for a, b in zip(given, kept, strict=True)), f"{where}: W or Hinv was changed")
         expect(isinstance(got, Tensor), f"{where}: got {got!r}, not a tensor")
         shape = list(weight.shape)

@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from stepengine.contracts.played import PAGE, Job, Memory, Pages, Run
-from stepengine.contracts.report import Promise, Report, expect, run_promises
+from stepengine.contracts.report import Promise, Report, expect, name_of, run_promises
 from stepengine.core.request import State
 from stepengine.core.seams import Limits, Scheduler
 
@@ -19,6 +19,7 @@ def _cases() -> list[tuple[list[Job], int]]:
         ([Job(2, 1), Job(2, 3)], 2),
         ([Job(2, 1), Job(2, 4), Job(2, 2)], 2),
         ([Job(4, 3), Job(1, 1, arrives=1), Job(2, 5, arrives=2)], 2),
+        ([Job(2, 3, 1), Job(2, 3), Job(2, 3, 2)], 3),  # its rows are not in the order of arrival
     ]
     for size in (5, 9, 20):
         rng = random.Random(size)
@@ -136,7 +137,7 @@ def check_scheduler(
         promises += _tight_promises(make)
     if chunks:
         promises += _chunk_promises(make)
-    return run_promises(f"Scheduler {getattr(make, '__name__', make)}", promises)
+    return run_promises(f"Scheduler {name_of(make)}", promises)
 
 
 def _tight_promises(make: Callable[[Limits, Any], Scheduler]) -> list[Promise]:

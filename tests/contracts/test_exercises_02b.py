@@ -61,7 +61,7 @@ def test_the_youngest_of_the_lowest_priority_passes(victim):
             "request 2, the first in line, gave way",
         ),
         (lambda running: running[-1].id, "the victim is one", "running = ['request 0']: got 0, which is none of them"),
-        (lambda running: running.pop(), "the victim is one", "the list was changed"),
+        (lambda running: running.pop(), "the victim is one", "'tuple' object has no attribute 'pop'"),
         (lambda running: None, "the victim is one", "got None"),
     ],
 )

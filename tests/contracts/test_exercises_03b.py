@@ -25,7 +25,11 @@ def test_the_right_bucket_passes():
         (lambda batch: 64, "no smaller one", "bucket(1): got 64, and 1 would do"),
         (lambda batch: batch, "it is 1, 2, 4", "bucket(3): got 3, which is neither"),
         (lambda batch: batch // 8 * 8 or 4, "the bucket holds", "bucket(5): got 4, which is too small"),
-        (lambda batch: float(right_bucket(batch)), "the bucket holds", "bucket(1): got 1.0, that is no whole number"),
+        (
+            lambda batch: float(right_bucket(batch)),
+            "the bucket holds",
+            "bucket(1): got 1.0, which is a float",
+        ),
         (lambda batch: None, "the bucket holds", "bucket(1): got None"),
     ],
 )
