@@ -1,7 +1,7 @@
 """Latencies, throughput and waste of a recorded run. Times are milliseconds unless a name says otherwise."""
 
 from bisect import bisect_right
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -132,16 +132,19 @@ def idle_rows(trace: Trace) -> list[int]:
     new batch begins with the first newcomer after all members of the last one have ended. Continuous batching:
     width is `max_num_seqs` while any request waits, else the number of rows, so nothing is idle.
     """
+    return list(idle_stream(trace))
+
+
+def idle_stream(trace: Trace) -> Iterator[int]:
+    """`idle_rows` one by one; of a trace that still grows, ask only for steps that are there."""
     widths = _static_widths(trace) if batching(trace) == "static" else _continuous_widths(trace)
     seen: set[int] = set()
-    idle = []
     for record, width in zip(trace.steps, widths, strict=True):
         rows = {chunk.request for chunk in record.plan.chunks}
         seen -= set(record.plan.preempted)
         seen |= {child for _, child in record.forked}
-        idle.append(max(0, width - len(rows)) if rows and rows <= seen else 0)
+        yield max(0, width - len(rows)) if rows and rows <= seen else 0
         seen |= rows
-    return idle
 
 
 def _static_widths(trace: Trace) -> Iterable[int]:

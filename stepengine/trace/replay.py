@@ -106,7 +106,10 @@ class Replay:
         return len(self.trace.steps)
 
     def __iter__(self) -> Iterator[Snapshot]:
-        return (self.at(t) for t in range(len(self)))
+        t = 0
+        while t < len(self):  # a trace may still grow
+            yield self.at(t)
+            t += 1
 
     def at(self, t: int) -> Snapshot:
         """Step t (negative counts from the end): plan applied, tokens sampled, finished requests still holding."""

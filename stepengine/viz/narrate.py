@@ -1,16 +1,18 @@
 """One sentence per step of a trace: what just happened and why, in numbers that the replay holds."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 from stepengine.core.plan import Chunk
-from stepengine.trace import Replay, idle_rows
-from stepengine.trace.metrics import batching
+from stepengine.trace import Replay
+from stepengine.trace.metrics import batching, idle_stream
 from stepengine.trace.replay import FINISHED, RUNNING, WAITING
 from stepengine.viz.template import request_style
 from stepengine.viz.words import moves, sharing
 from stepengine.viz.words.scene import NAMES, Scene, agree, count, listed
-from stepengine.viz.words.work import Work, work_of
+from stepengine.viz.words.work import Work, work_stream
+
+KINDS = ("arrival", "hit", "preemption", "swap", "copy", "fork", "finish")
 
 
 class Narration(NamedTuple):
@@ -19,6 +21,7 @@ class Narration(NamedTuple):
     text: str
     named: tuple[int, ...]  # ids of the requests that the text names
     event: bool  # more than another token for everybody
+    kinds: tuple[str, ...]  # of `KINDS`: what happens in it that one may look for
 
 
 def narrate(replay: Replay, t: int) -> str:
@@ -27,24 +30,37 @@ def narrate(replay: Replay, t: int) -> str:
 
 
 class Narrator:
-    """Explains the steps of one trace; what depends on the whole history is gathered once."""
+    """Explains the steps of one trace; what depends on the whole history is gathered once, as far as it is recorded.
 
-    def __init__(self, replay: Replay) -> None:
+    `labels` by request id, where they should not follow from this trace alone.
+    """
+
+    def __init__(self, replay: Replay, labels: Mapping[int, str] | None = None) -> None:
         self.replay = replay
         self.trace = replay.trace
-        self.labels = {request: request_style(self.trace, request).label for request in self.trace.requests}
-        self.idle = idle_rows(self.trace)
-        self.work = work_of(replay)
-        self.layout = _layout(replay)
         self.static = batching(self.trace) == "static"
+        self.layout = _layout(replay)
+        self.idle: list[int] = []
+        self.work: list[tuple[Work, ...]] = []
+        self._given = labels
+        self._idle_stream, self._work_stream = idle_stream(self.trace), work_stream(replay)
+        self.grow()
+
+    def grow(self) -> None:
+        """Take in what the trace has recorded since."""
+        own = self._given or {}
+        self.labels = {r: own.get(r) or request_style(self.trace, r).label for r in self.trace.requests}
+        for _ in range(len(self.work), len(self.replay)):
+            self.idle.append(next(self._idle_stream))
+            self.work.append(next(self._work_stream))
 
     def explain(self, t: int) -> Narration:
-        """The sentence, whom it names, and whether the step is worth a stop."""
+        """The sentence, whom it names, whether the step is worth a stop, and what kinds of events it has."""
         before = self.replay.after(t - 1) if t > 0 else None
         now = self.replay.at(t)
         scene = Scene(self.replay, self.labels, now, before, self.work[now.index], self.layout)
         text = _told(scene, self.static, self.idle[now.index])
-        return Narration(text, tuple(dict.fromkeys(scene.named)), _event(scene))
+        return Narration(text, tuple(dict.fromkeys(scene.named)), _event(scene), _kinds(scene))
 
 
 def _layout(replay: Replay) -> str:
@@ -69,6 +85,20 @@ def _event(scene: Scene) -> bool:
     decodes = bool(scene.work) and not any(work.first or work.prompt for work in scene.work)
     ends = (record.finished, record.aborted, record.forked)
     return not decodes or any(ends) or any((plan.arrived, plan.preempted, plan.swapped_out, plan.swapped_in))
+
+
+def _kinds(scene: Scene) -> tuple[str, ...]:
+    record, plan = scene.now.record, scene.plan
+    there = {
+        "arrival": plan.arrived,
+        "hit": any(chunk.cached for chunk in plan.chunks),
+        "preemption": plan.preempted or plan.swapped_out,
+        "swap": plan.swapped_out or plan.swapped_in,
+        "copy": plan.copies,
+        "fork": record.forked,
+        "finish": record.finished or record.aborted,
+    }
+    return tuple(kind for kind in KINDS if there[kind])
 
 
 def _interrupted(scene: Scene) -> list[str]:

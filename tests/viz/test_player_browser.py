@@ -85,7 +85,7 @@ def test_stepping_follows_the_trace(open_player: Callable[..., Any]) -> None:
 
 def test_the_buttons_the_slider_and_next_event(open_player: Callable[..., Any]) -> None:
     page = open_player(simulate(stage="1a"), "step=2")
-    page.get_by_role("button", name="To the next step that is not just another token (n)").click()
+    page.get_by_role("button", name="To the next event (n)").click()
     assert state(page)["step"] == "4"  # C ends; step 3 is another token for A and C
     page.get_by_role("button", name="One step back (left arrow)").click()
     assert state(page)["step"] == "3"

@@ -1,5 +1,5 @@
 // K/V in blocks: what each step's changes add up to, the pool as a map, the block tables. Drawn with the functions of
-// player.js, which follows in the same module.
+// panels.js, which follows in the same module.
 
 const MAP = {
   page: { most: 512, pitch: 49, least: 15, height: (count) => (count > 200 ? 420 : 300) },
@@ -11,6 +11,7 @@ function addTables(data) {
   let tables = data.requests.map(() => []);
   let hosted = data.requests.map(() => []);
   let held = data.requests.map(() => 0);
+  let kept = new Set();
   data.steps.forEach((s, t) => {
     if (s.tables) tables = [...tables];
     for (const [r, keep, ...blocks] of s.tables || []) tables[r] = [...tables[r].slice(0, keep), ...blocks];
@@ -25,12 +26,18 @@ function addTables(data) {
     held = [...held];
     for (const [r, start, length] of s.chunks) held[r] = start + length;
     for (const [r, count] of s.held || []) held[r] = count;
-    Object.assign(s, { at: tables, host: hosted, kept: held });
+    if (s.kept || s.unkept) {
+      kept = new Set(kept);
+      for (const block of s.unkept || []) kept.delete(block);
+      for (const block of s.kept || []) kept.add(block);
+    }
+    Object.assign(s, { at: tables, host: hosted, tokensOf: held, findable: kept });
   });
   const limit = MAP[data.size].most;
   const all = Array.from({ length: data.slots }, (_, i) => i + 1);
   data.mapped = data.slots <= limit ? all : data.size === "page" && data.used.length ? data.used.slice(0, limit) : all.slice(0, limit);
   data.hostRow = Math.max(0, ...data.steps.map((s) => s.host.reduce((sum, slots) => sum + slots.length, 0)));
+  data.anyKept = data.steps.some((s) => s.findable.size);
   data.anyShared = data.steps.some((s) => s.tables && new Set(s.at.flat()).size < s.at.flat().length);
 }
 
@@ -39,7 +46,7 @@ function ownersOf(data, s) {
   const found = new Map();
   s.at.forEach((table, r) => {
     table.forEach((block, i) => {
-      const tokens = Math.min(Math.max(s.kept[r] - i * data.slot_tokens, 0), data.slot_tokens);
+      const tokens = Math.min(Math.max(s.tokensOf[r] - i * data.slot_tokens, 0), data.slot_tokens);
       const entry = found.get(block);
       if (!entry) found.set(block, { owners: [r], tokens, entry: i });
       else {
@@ -55,7 +62,9 @@ function ownersOf(data, s) {
 
 function blockMap(data, step, hot, old) {
   const width = Math.max(200, Math.floor(data.widths.kv || 420));
-  const element = old && old.sp && old.sp.width === width ? old : buildMap(data, width);
+  const sign = [width, data.mapped.join(), data.hostRow, data.anyShared, data.anyKept, data.steps.some((s) => s.copies)].join(";");
+  const element = old && old.sp && old.sp.sign === sign ? old : buildMap(data, width);
+  element.sp.sign = sign;
   moveMap(element, data, step);
   return element;
 }
@@ -115,6 +124,7 @@ function buildMap(data, width) {
   const key = html("div", { class: "sp-key" });
   const texts = ["filled from the bottom: tokens", room ? "dark outline: new" : "dark outline: new in this step"];
   if (data.anyShared) texts.push(room ? "number: references" : "split, with a number: shared by so many");
+  if (data.anyKept) texts.push("dotted: free, still findable");
   if (!room && data.steps.some((s) => s.copies)) texts.push("arrow: copied before a write");
   for (const text of room ? texts.slice(1) : texts) key.append(html("span", {}, text));
   const element = panel("kv", "Physical blocks", "", root, sp.readout, sp.more, key);
@@ -123,7 +133,7 @@ function buildMap(data, width) {
 
   const pick = (number) => {
     sp.picked = number;
-    showPick(element, data);
+    showPick(element, sp.data);
   };
   root.addEventListener("pointerover", (e) => {
     const found = e.target.closest("[data-block]");
@@ -147,17 +157,20 @@ function buildMap(data, width) {
 function moveMap(element, data, step) {
   const sp = element.sp;
   const s = data.steps[step];
+  sp.data = data;
   const owners = ownersOf(data, s);
   const fresh = new Set(s.fresh || []);
   for (const cell of sp.cells.values()) {
     const entry = owners.get(cell.number);
     const isNew = fresh.has(cell.number);
-    const sign = entry ? `${entry.owners.join()}:${entry.tokens}:${isNew}` : "";
+    const kept = !entry && s.findable.has(cell.number);
+    const sign = entry ? `${entry.owners.join()}:${entry.tokens}:${isNew}` : kept ? "kept" : "";
     if (sign === cell.sign) continue;
     cell.sign = sign;
-    cell.content.replaceChildren(...(entry ? drawBlock(data, sp, cell.number, entry, isNew) : []));
+    cell.content.replaceChildren(...(entry ? drawBlock(data, sp, cell.number, entry, isNew) : kept ? drawKept(sp, cell.number) : []));
     cell.group.dataset.refs = entry ? entry.owners.length : 0;
     cell.group.dataset.tokens = entry ? entry.tokens : 0;
+    cell.group.dataset.kept = kept ? "yes" : "no";
     cell.group.classList.toggle("sp-isnew", isNew);
   }
   const arrows = (s.copies || []).map(([r, , from, to]) => copyArrow(data, sp, r, sp.cells.get(from), sp.cells.get(to)));
@@ -165,12 +178,30 @@ function moveMap(element, data, step) {
   if (data.hostRow) sp.host.replaceChildren(...hostBlocks(data, sp, s));
   const held = [...owners.values()].reduce((sum, entry) => sum + entry.tokens, 0);
   const shared = [...owners.values()].filter((entry) => entry.owners.length > 1).length;
-  const full = owners.size ? `, ${Math.floor((100 * held) / (owners.size * data.slot_tokens))} % of their slots filled` : "";
-  sp.sub.textContent = `${owners.size} of ${data.slots} in use${sp.room ? "" : full}${shared ? `, ${shared} shared` : ""}`;
+  const parts = [`${owners.size} of ${data.slots} in use`];
+  if (s.findable.size) parts.push(`${s.findable.size}${sp.room ? "" : " free but"} findable`);
+  if (shared) parts.push(`${shared} shared`);
+  const percent = Math.floor((100 * held) / (owners.size * data.slot_tokens));
+  if (!sp.room && owners.size && !(shared && s.findable.size)) parts.push(`${percent} % ${s.findable.size ? "full" : "of their slots filled"}`);
+  sp.sub.textContent = sp.sub.title = parts.join(", ");
   const hidden = data.slots - data.mapped.length;
   sp.more.textContent = hidden ? `${data.mapped.length} of ${data.slots} blocks shown; of the others ${[...owners.keys()].filter((b) => !sp.cells.has(b)).length} are in use` : "";
   sp.now = { owners, fresh, s };
   showPick(element, data);
+}
+
+// Free, with K/V that a request may still find: inside the outline that every free block has.
+function drawKept(sp, number) {
+  const inset = Math.max(2, Math.round(sp.side * 0.1));
+  const parts = [svg("rect", { class: "sp-kept-block", x: inset, y: inset, width: sp.side - 2 * inset, height: sp.side - 2 * inset, rx: 2 })];
+  if (sp.ids) parts.push(...plate(sp, number));
+  return parts;
+}
+
+// The id on paper of its own, where something lies under it.
+function plate(sp, number) {
+  const long = String(number).length * sp.small * 0.62 + 3;
+  return [svg("rect", { class: "sp-plate", x: 1, y: 1, width: long, height: sp.small + 2, rx: 2 }), svg("text", { class: "sp-id", x: 2.5, y: sp.small, "font-size": sp.small }, String(number))];
 }
 
 // One block's contents: a strip per owner, all filled to the same height; letter, id, number of references.
@@ -199,10 +230,7 @@ function drawBlock(data, sp, number, { owners, tokens }, isNew) {
     }
     parts.push(strip);
   });
-  if (many && sp.ids) {
-    const long = String(number).length * sp.small * 0.62 + 3;
-    parts.push(svg("rect", { class: "sp-plate", x: 1, y: 1, width: long, height: sp.small + 2, rx: 2 }), svg("text", { class: "sp-id", x: 2.5, y: sp.small, "font-size": sp.small }, String(number)));
-  }
+  if (many && sp.ids) parts.push(...plate(sp, number));
   parts.push(svg("rect", { class: isNew ? "sp-edge sp-new" : "sp-edge", x: isNew ? -1 : 0.5, y: isNew ? -1 : 0.5, width: isNew ? side + 2 : side - 1, height: isNew ? side + 2 : side - 1, rx: radius }));
   if (many) {
     const digits = Math.max(sp.room ? 18 : 9, Math.min(sp.small + 1, side * 0.55));
@@ -239,7 +267,7 @@ function hostBlocks(data, sp, s) {
   const all = s.host.flatMap((slots, r) => slots.map((slot, i) => ({ r, slot, i })));
   const room = all.length > sp.columns ? sp.columns - 1 : sp.columns;
   const shown = all.slice(0, room).map(({ r, slot, i }, place) => {
-    const tokens = Math.min(Math.max(s.kept[r] - i * data.slot_tokens, 0), data.slot_tokens);
+    const tokens = Math.min(Math.max(s.tokensOf[r] - i * data.slot_tokens, 0), data.slot_tokens);
     const group = svg("g", { transform: `translate(${2 + place * sp.pitch} 2)`, "data-hosted": slot }, ...drawBlock(data, { ...sp, ids: false }, slot, { owners: [r], tokens }, false));
     group.lastChild.setAttribute("class", "sp-edge sp-away");
     return group;
@@ -263,7 +291,7 @@ function showPick(element, data) {
   const entry = owners.get(cell.number);
   const names = (list) => list.slice(0, 6).map((r) => data.requests[r].label).join(", ") + (list.length > 6 ? " and others" : "");
   if (!cell.number) sp.readout.textContent = "block 0: padding, never given to a request";
-  else if (!entry) sp.readout.textContent = `block ${cell.number}: free`;
+  else if (!entry) sp.readout.textContent = `block ${cell.number}: free${sp.now.s.findable.has(cell.number) ? `, still findable: ${data.slot_tokens} tokens’ K/V are there` : ""}`;
   else {
     const who = entry.owners.length > 1 ? `${entry.owners.length} references: ${names(entry.owners)}` : `held by ${names(entry.owners)}`;
     sp.readout.textContent = `block ${cell.number}: ${entry.tokens} of ${data.slot_tokens} tokens, ${who}, logical block ${entry.entry}${fresh.has(cell.number) ? ", new" : ""}`;
@@ -306,7 +334,7 @@ function blockTables(data, step, hot, old, pinned) {
     } else table.forEach((block, i) => cells.append(entry(block, i)));
     if (host.length) cells.prepend(html("span", { class: "sp-state" }, "host"));
     else if (!table.length) cells.append(html("span", { class: "sp-state" }, (s.preempted || []).includes(r) ? "preempted" : state));
-    line.append(cells, html("span", { class: "sp-note" }, table.length ? plural(s.kept[r], "token") : ""));
+    line.append(cells, html("span", { class: "sp-note" }, table.length ? plural(s.tokensOf[r], "token") : ""));
     return line;
   });
   const more = data.requests.length > shown.length ? html("div", { class: "sp-fold" }, `and ${plural(data.requests.length - shown.length, "more request")}`) : "";

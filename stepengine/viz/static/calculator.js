@@ -22,8 +22,6 @@ function html(tag, attributes = {}, ...children) {
   return element;
 }
 
-let serial = 0;
-
 function prefersDark() {
   const body = document.body.dataset;
   if (body.jpThemeLight) return body.jpThemeLight === "false";
@@ -32,7 +30,7 @@ function prefersDark() {
 }
 
 function render({ model, el }) {
-  const id = `calc${(serial += 1)}`;
+  const id = `calc${Math.random().toString(36).slice(2)}`; // each widget has a copy of this module: no counting
   const read = () => JSON.parse(model.get("data"));
   const inputs = {};
   let turn = 0;

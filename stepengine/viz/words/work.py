@@ -1,5 +1,6 @@
 """What the tokens of each chunk are: run for the first time or again, prompt or output, a beginning or not."""
 
+from collections.abc import Iterator
 from typing import NamedTuple
 
 from stepengine.core.plan import Chunk
@@ -18,11 +19,15 @@ class Work(NamedTuple):
 
 def work_of(replay: Replay) -> list[tuple[Work, ...]]:
     """Every step's chunks, each with what its tokens are."""
+    return list(work_stream(replay))
+
+
+def work_stream(replay: Replay) -> Iterator[tuple[Work, ...]]:
+    """`work_of` one by one; of a trace that still grows, ask only for steps that are there."""
     trace = replay.trace
     high: dict[int, int] = {}  # tokens of a request that have run at least once
     seen: set[int] = set()
     dropped: set[int] = set()
-    steps = []
     for record in trace.steps:
         dropped |= set(record.plan.preempted)
         for parent, child in record.forked:
@@ -43,5 +48,4 @@ def work_of(replay: Replay) -> list[tuple[Work, ...]]:
             high[request] = max(mark, chunk.end)
             seen.add(request)
             dropped.discard(request)
-        steps.append(tuple(row))
-    return steps
+        yield tuple(row)
