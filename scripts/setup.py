@@ -1,10 +1,11 @@
 """Prepare `.venv`: the pinned packages, stepengine itself (editable) and the Jupyter kernel. Standard library only.
 
-    python scripts/setup.py [--offline FOLDER] [--model NAME] [--wheels FOLDER]
+    python scripts/setup.py [--offline FOLDER] [--model NAME] [--extra site] [--extra browser] [--wheels FOLDER]
 
-The second run finds a stamp and ends at once. pip's own configuration and environment variables (mirrors, proxies,
-certificates) apply. STEPENGINE_TORCH=cpu|cuda overrides what is found on this machine; TORCH_INDEX is the package
-index with CPU builds of torch, asked only where pip's own sources offer none (empty: never).
+The second run finds a stamp and ends at once. An extra that was asked for once stays: later runs add, none removes.
+pip's own configuration and environment variables (mirrors, proxies, certificates) apply. STEPENGINE_TORCH=cpu|cuda
+overrides what is found on this machine; TORCH_INDEX is the package index with CPU builds of torch, asked only where
+pip's own sources offer none (empty: never).
 """
 
 import argparse
@@ -28,10 +29,12 @@ PIP = [str(PYTHON), "-m", "pip"]
 PINS = ["--constraint", str(ROOT / "constraints.txt")]
 KERNEL = ["-m", "ipykernel", "install", "--sys-prefix", "--name", "stepengine", "--display-name", "stepengine"]
 TORCH_INDEX = "https://download.pytorch.org/whl/cpu"
+EXTRAS_LINE = "extras "  # of the stamp: what has been asked for beyond what every set-up installs
 PROBE = ["--retries", "0", "--timeout", "5"]
 
 # Megabytes of wheels on Linux x86-64 and macOS arm64 for the versions in constraints.txt, rounded up.
 SIZES = {"torch-cpu": 195, "torch-macos": 115, "torch-cuda": 2540, "triton": 200, "rest": 90}
+EXTRAS = {"site": 17, "browser": 62}  # groups of pyproject.toml that only their own targets ask for
 
 
 class SetupError(Exception):
@@ -42,6 +45,7 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description="Prepare .venv with the pinned packages.")
     parser.add_argument("--offline", metavar="FOLDER", help="install from a folder of wheels, without the network")
     parser.add_argument("--model", metavar="NAME", help="also fetch this model of the catalogue")
+    parser.add_argument("--extra", action="append", default=[], choices=EXTRAS, help="also what `make site`, ... need")
     parser.add_argument("--wheels", metavar="FOLDER", help="only fill a folder with wheels for --offline")
     arguments = parser.parse_args(argv)
     try:
@@ -49,7 +53,7 @@ def main(argv: list[str] | None = None) -> int:
         if arguments.wheels:
             collect_wheels(Path(arguments.wheels), environment)
             return 0
-        prepare(environment)
+        prepare(environment, set(arguments.extra))
         if arguments.model:  # as a command of its own: this process has none of the packages
             command = [str(PYTHON), "-m", "stepengine", "models", "--fetch", arguments.model]
             return subprocess.run(command, env=environment, stdin=subprocess.DEVNULL, cwd=ROOT).returncode
@@ -62,24 +66,41 @@ def main(argv: list[str] | None = None) -> int:
     return 0
 
 
-def prepare(environment: dict[str, str]) -> None:
+def prepare(environment: dict[str, str], extras: set[str]) -> None:
     """Bring `.venv` up to date with pyproject.toml and constraints.txt, unless it is already."""
     stamp, wanted = VENV / "stepengine-setup", fingerprint()
-    if read(stamp) == wanted and PYTHON.exists():
+    made, _, had = read(stamp).partition(EXTRAS_LINE)
+    extras = extras | (set(had.split()) & set(EXTRAS))
+    is_current = made == wanted and PYTHON.exists()
+    if is_current and extras <= set(had.split()):
         return
     began = time.monotonic()
+    if is_current:
+        add_extras(extras - set(had.split()), environment)
+    else:
+        install_all(extras, environment, stamp)
+    stamp.write_text(wanted + EXTRAS_LINE + " ".join(sorted(extras)) + "\n", encoding="utf-8")
+    print(f"set-up: ready after {time.monotonic() - began:.0f} s, in {VENV.name}/", flush=True)
+
+
+def add_extras(extras: set[str], environment: dict[str, str]) -> None:
+    """Into a `.venv` that is up to date: the packages of these groups, and nothing else is touched."""
+    announce(extra_sizes(extras))
+    groups = project()["optional-dependencies"]
+    install([requirement for name in sorted(extras) for requirement in groups[name]], environment)
+
+
+def install_all(extras: set[str], environment: dict[str, str], stamp: Path) -> None:
+    """Everything, with these extras, into a fresh or an outdated `.venv`."""
     make_venv()
     stamp.unlink(missing_ok=True)
     # setuptools first, from the pins: the editable install then needs no isolated build and fetches nothing unseen
     install(["setuptools"], environment)
     torch = install_cpu_torch(environment) if wants_cpu_torch() else 0
-    announce(sizes(bool(torch)))
-    install(
-        ["--no-build-isolation", "--editable", f"{ROOT}[{','.join(project()['optional-dependencies'])}]"], environment
-    )
+    announce(sizes(bool(torch)) | extra_sizes(extras))
+    groups = [name for name in project()["optional-dependencies"] if name not in EXTRAS or name in extras]
+    install(["--no-build-isolation", "--editable", f"{ROOT}[{','.join(groups)}]"], environment)
     run([str(PYTHON), *KERNEL], environment)
-    stamp.write_text(wanted, encoding="utf-8")
-    print(f"set-up: ready after {time.monotonic() - began:.0f} s, in {VENV.name}/", flush=True)
 
 
 def fingerprint() -> str:
@@ -219,6 +240,10 @@ def sizes(has_torch: bool) -> dict[str, int]:
     return left
 
 
+def extra_sizes(extras: set[str]) -> dict[str, int]:
+    return {f"the extra {name}": EXTRAS[name] for name in sorted(extras)}
+
+
 def announce(left: dict[str, int]) -> None:
     parts = "; ".join(f"{name} {size} MB" for name, size in left.items())
     print(f"set-up: about {sum(left.values())} MB to fetch, less what pip has cached: {parts}", flush=True)
@@ -266,7 +291,7 @@ def collect_wheels(folder: Path, environment: dict[str, str]) -> None:
         announce({"torch, CPU build (no NVIDIA GPU here)": SIZES["torch-cpu"]})
         run([*download, "--no-deps", *source, cpu_torch()], environment)
         wanted += ["--find-links", folder.resolve().as_uri(), cpu_torch()]
-    announce(sizes(source is not None) | {"the default model": 93})
+    announce(sizes(source is not None) | extra_sizes(set(EXTRAS)) | {"the default model": 93})
     run([*download, *PINS, *wanted], environment)
     model = re.search(r'^REQUIREMENT = "(\S+)"$', read(ROOT / "stepengine/model/smollm.py"), re.MULTILINE)
     if model is None:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 from stepengine import doctor as _doctor
-from stepengine.errors import StepEngineError
+from stepengine.errors import InvalidSetting, StepEngineError
 
 if TYPE_CHECKING:
     import typer
@@ -94,6 +94,9 @@ def _app() -> "typer.Typer":
         chat: Annotated[bool, typer.Option("--chat", help="Ask through the model's chat template.")] = False,
         device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
         dtype: Annotated[str, typer.Option(help="float32, bfloat16, float16, or auto.")] = "auto",
+        trace: Annotated[
+            Path | None, typer.Option(metavar="FILE", help="Record every step here, for `stepengine player`.")
+        ] = None,
         as_json: Json = False,
     ) -> None:
         """Go on from a text, printing it as it comes."""
@@ -101,15 +104,20 @@ def _app() -> "typer.Typer":
 
         params = SamplingParams(max_tokens=max_tokens, temperature=temperature, top_p=top_p, top_k=top_k, seed=seed)
         text = sys.stdin.read() if prompt == "-" else prompt
+        _check_folder(trace)
         _quiet_transformers()
-        llm = LLM(model, stage=stage, device=device, dtype=dtype)
+        llm = LLM(model, stage=stage, device=device, dtype=dtype, trace=trace is not None)
         given = llm.chat_prompt([{"role": "user", "content": text}]) if chat else text
         if as_json:
             _print_json(_generated(llm, given, text, params))
-            return
-        for piece in llm.stream(given, params):
-            print(piece.outputs[0].text, end="", flush=True)
-        print()
+        else:
+            for piece in llm.stream(given, params):
+                print(piece.outputs[0].text, end="", flush=True)
+            print()
+        if trace is not None and llm.trace is not None:
+            from stepengine.trace import save
+
+            save(llm.trace, trace)
 
     @app.command()
     def quantize(
@@ -178,6 +186,65 @@ def _app() -> "typer.Typer":
 
         raise typer.Exit(run_bench(context.args) or 0)
 
+    @app.command()
+    def player(
+        trace: Annotated[Path, typer.Argument(metavar="TRACE", help="A saved trace: .jsonl or .jsonl.gz.")],
+        output: Annotated[
+            Path, typer.Option("--output", "-o", help="The page to write; a file that is there is overwritten.")
+        ],
+        size: Annotated[str, typer.Option(help="page, or room: for a projector.")] = "page",
+        step: Annotated[int, typer.Option(help="The step that is shown first; -1 is the last.")] = 0,
+        compare: Annotated[
+            Path | None, typer.Option(metavar="OTHER", help="Another trace of the same requests, to show beside it.")
+        ] = None,
+    ) -> None:
+        """Write a trace as one page that plays offline, in any browser.
+
+        `stepengine generate ... --trace FILE` saves a trace, as does stepengine.trace.save(llm.trace, FILE) in Python.
+        """
+        _check_folder(output)
+        try:
+            from stepengine.viz.compare import Compare
+            from stepengine.viz.player import StepPlayer
+        except ModuleNotFoundError as error:
+            raise InvalidSetting(
+                f"The player needs {error.name}; `pip install anywidget ipywidgets` brings it."
+            ) from None
+        if compare is None:
+            shown: Any = StepPlayer(trace, size=size, step=step)
+        else:
+            shown = Compare(trace, compare, names=_names(trace, compare), step=step, size=size)
+        print(f"{shown.save_html(output)}: {shown!r}")
+
+    @app.command("strip-solutions")
+    def strip_solutions(
+        out: Annotated[Path, typer.Option("--output", "-o", help="The folder to write, outside of FOLDER.")],
+        folder: Annotated[Path, typer.Argument(metavar="[FOLDER]", help="The series.")] = Path("notebooks"),
+        no_answers: Annotated[bool, typer.Option("--no-answers", help="Also drop what to say when asked.")] = False,
+        force: Annotated[bool, typer.Option("--force", help="Write over copies that were changed.")] = False,
+    ) -> None:
+        """Copies of the notebooks to hand out: no outputs, no guesses, no solutions."""
+        try:
+            from stepengine import handouts
+        except ModuleNotFoundError as error:
+            raise InvalidSetting(f"Reading notebooks needs {error.name}; `pip install nbformat` brings it.") from None
+        for line in handouts.strip_solutions(folder, out, answers=not no_answers, force=force):
+            print(line)
+        print(f"{out}: {len(list(out.glob('*.ipynb')))} notebooks to hand out")
+
+    @app.command()
+    def diff(
+        a: Annotated[str, typer.Argument(metavar="A", help="A stage: 0, 1a, 1b, 2, ...")],
+        b: Annotated[str | None, typer.Argument(metavar="[B]", help="Another one; by default the next.")] = None,
+        part: Annotated[str | None, typer.Option(help="One part only, such as scheduler or cache.")] = None,
+        output: Annotated[Path | None, typer.Option("--output", "-o", help="Write a page, side by side.")] = None,
+    ) -> None:
+        """What changed from one stage to another, part by part, from the files themselves."""
+        from stepengine.diff import stage_diff
+
+        found = stage_diff(a, b, part)
+        print(found.unified() if output is None else f"{found}\nWritten: {found.save_html(output)}")
+
     return app
 
 
@@ -187,6 +254,21 @@ def _print_report(as_json: bool) -> None:
         _print_json(report.as_dict())
     else:
         print(_doctor.as_text(report))
+
+
+def _check_folder(file: Path | None) -> None:
+    if file is not None and not file.absolute().parent.is_dir():
+        raise InvalidSetting(f"There is no folder {file.parent} to write {file.name} to: make it, or name another.")
+    if file is not None and file.is_dir():
+        raise InvalidSetting(f"{file} is a folder: name a file to write.")
+
+
+def _names(one: Path, other: Path) -> tuple[str, str]:
+    """What two trace files are called beside each other: as much of their paths as tells them apart."""
+    names = [
+        (path.name.split(".")[0] or path.name, f"{path.parent.name}/{path.name}", str(path)) for path in (one, other)
+    ]
+    return next((pair for pair in zip(*names, strict=True) if pair[0] != pair[1]), ("A", "B"))  # type: ignore[return-value]
 
 
 def _size(folder: Path) -> str:

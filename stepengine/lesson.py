@@ -9,12 +9,14 @@ import re
 import string
 import textwrap
 import unicodedata
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from stepengine.errors import InvalidSetting
+from stepengine.viz.guess import LETTERS, choice_place, order_places
 
 _MISSING: Any = object()  # "no answer yet": None may be an answer
 _WALL = re.compile(r"\[wall [^\]]*\]")
@@ -85,7 +87,15 @@ class _Prediction:
     question: str
     guess: object
     choices: tuple[str, ...] | None
+    order: tuple[str, ...] | None = None
+    box: Any = None  # the widget, in a notebook
+    answer: object = None
     grade: Grade | None = None
+
+    @property
+    def made(self) -> object:
+        """The guess: the one written in the cell, else the one committed in the box, else None."""
+        return self.guess if self.guess is not None or self.box is None else self.box.committed
 
 
 def predict(
@@ -114,27 +124,70 @@ class Predictions:
 
     _asked: dict[str, _Prediction] = field(default_factory=dict)
 
-    def ask(self, key: str, question: str, guess: object = None, choices: Sequence[str] | None = None) -> None:
-        """Show the question under its key and record the guess; asking again replaces it."""
-        options = _choices(choices)
-        grade = _ask(question, guess, options)
-        self._asked[key] = _Prediction(question, guess, options)
+    def ask(
+        self,
+        key: str,
+        question: str,
+        guess: object = None,
+        choices: Sequence[str] | None = None,
+        order: Sequence[str] | None = None,
+    ) -> None:
+        """Show the question under its key, in a notebook with a box for the guess; asking again begins it anew.
+
+        `guess` written here wins over the box. `choices`: pick one. `order`: put these items in order.
+        """
+        options, items = _choices(choices), _choices(order, "order")
+        if options and items:
+            raise InvalidSetting(f"{key!r} has choices and an order: a question has one of them, leave the other out.")
+        kernel = _in_kernel()
+        grade = _ask(question, guess, options, items, boxed=kernel)
+        old = self._asked.get(key)
+        asked = self._asked[key] = _Prediction(question, guess, options, items)
         print(f"Predict ({key}): {question}\n{textwrap.indent(grade.text, '  ')}")
+        if kernel:
+            asked.box = self._box(key, asked, old)
+
+    def _box(self, key: str, asked: _Prediction, old: _Prediction | None) -> Any:
+        """The question's box, displayed; a guess committed before and not graded yet is taken over."""
+        from IPython.display import display
+
+        from stepengine.viz.predict import Predict
+
+        record = weakref.ref(self)  # a box may outlive its record: it must then take no guess
+        box = Predict(
+            asked.question, asked.choices, asked.order, asked.guess, key, recorded=lambda: record() is not None
+        )
+        if old is not None and old.box is not None:
+            same = (old.question, old.choices, old.order) == (asked.question, asked.choices, asked.order)
+            if same and old.grade is None and old.box.source == "box" and asked.guess is None:
+                box.commit(old.box.committed)
+            old.box.replace()
+        display(box)
+        return box
 
     def reveal(self, key: str, answer: object, tolerance: float = 0.0, ratio: float = 1.0) -> Grade:
-        """Grade the recorded guess; `tolerance` and `ratio` as in `predict`. InvalidSetting for an unknown key."""
+        """Grade the recorded guess; `tolerance` and `ratio` as in `predict`. InvalidSetting for an unknown key.
+
+        The answer to an order is the list of its items, first to last.
+        """
         if key not in self._asked:
             known = ", ".join(self._asked) or "none"
             raise InvalidSetting(
                 f"{key!r} has not been asked (asked so far: {known}): run the cell that asks it first."
             )
         asked = self._asked[key]
-        asked.grade = _reveal(asked.guess, answer, tolerance, ratio, asked.choices)
-        print(f"Predicted ({key}): {asked.question}\n{textwrap.indent(asked.grade.text, '  ')}")
-        return asked.grade
+        if asked.order is not None:
+            grade = _reveal_order(asked.made, answer, asked.order)
+        else:
+            grade = _reveal(asked.made, answer, tolerance, ratio, asked.choices)
+        asked.answer, asked.grade = answer, grade
+        if asked.box is not None:
+            asked.box.reveal(grade.text, grade.right)
+        print(f"Predicted ({key}): {asked.question}\n{textwrap.indent(grade.text, '  ')}")
+        return grade
 
     def summary(self) -> None:
-        """Print how many of the predictions were right."""
+        """Print how many of the predictions were right and, where a guess was made, the record of all."""
         grades = [asked.grade for asked in self._asked.values()]
         counts = {
             "right": sum(g is not None and g.right is True for g in grades),
@@ -144,28 +197,114 @@ class Predictions:
         }
         parts = ", ".join(f"{count} {what}" for what, count in counts.items() if count)
         print(f"{_count(len(grades), 'prediction')}{': ' + parts if parts else ''}.")
+        if any(asked.made is not None for asked in self._asked.values()):
+            rows = [_record(asked) for asked in self._asked.values()]
+            _display(_text_table(RECORD, rows), _markdown_table(RECORD, rows))
 
 
-def _choices(choices: Sequence[str] | None) -> tuple[str, ...] | None:
+RECORD = ("question", "your guess", "answer", "")
+
+
+def _record(asked: _Prediction) -> tuple[str, ...]:
+    """A row of the record: question, guess, answer, verdict."""
+    guess = "none" if asked.made is None else _shown(asked.made, asked)
+    if asked.grade is None:
+        return asked.question, guess, "not revealed yet", ""
+    verdict = {True: "right", False: "off", None: ""}[asked.grade.right]
+    return asked.question, guess, _shown(asked.answer, asked), verdict
+
+
+def _shown(value: object, asked: _Prediction) -> str:
+    if asked.order is not None:
+        return ", ".join(_items(value, asked.order) or [str(value)])
+    if asked.choices is not None:
+        return str(_pick(value, asked.choices) or value)
+    number = None if isinstance(value, str | Wall) else _number(value)
+    return str(value) if number is None else _plain(number)
+
+
+def _text_table(head: Sequence[str], rows: Sequence[Sequence[str]], width: int = 44) -> str:
+    """Columns under their heads; a text longer than `width` goes on in the next line."""
+    lines: list[list[str]] = []
+    for row in (head, *rows):
+        cells = [textwrap.wrap(_WALL.sub(lambda m: m.group().replace(" ", "\0"), text), width) or [""] for text in row]
+        for i in range(max(map(len, cells))):
+            lines.append([cell[i].replace("\0", " ") if i < len(cell) else "" for cell in cells])
+    widths = [max(len(line[column]) for line in lines) for column in range(len(head))]
+    return "\n".join("  ".join(map(str.ljust, line, widths)).rstrip() for line in lines)
+
+
+def _markdown_table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    escaped = [[re.sub(r"([\\|*_`<$\[])", r"\\\1", text) for text in row] for row in (head, *rows)]
+    lines = ["| " + " | ".join(row) + " |" for row in escaped]
+    return "\n".join([lines[0], "|" + "---|" * len(head), *lines[1:]])
+
+
+def _choices(choices: Sequence[str] | None, name: str = "choices") -> tuple[str, ...] | None:
     if choices is None:
         return None
-    if isinstance(choices, str) or not 2 <= len(choices) <= 26:
+    if isinstance(choices, str) or not 2 <= len(choices) <= 26 or len(set(map(str, choices))) < len(choices):
         raise InvalidSetting(
-            f"choices={choices!r} is no list of 2 to 26 texts: pass one, such as ['faster', 'slower']."
+            f"{name}={choices!r} is no list of 2 to 26 different texts: pass one, such as ['faster', 'slower']."
         )
     return tuple(str(choice) for choice in choices)
 
 
-def _ask(question: str, guess: object, choices: tuple[str, ...] | None) -> Grade:
+def _ask(
+    question: str,
+    guess: object,
+    choices: tuple[str, ...] | None,
+    order: tuple[str, ...] | None = None,
+    boxed: bool = False,
+) -> Grade:
     if not question.strip():
         raise InvalidSetting("The question is empty: write what the reader should predict.")
-    lines = [f"{letter}) {choice}" for letter, choice in zip(string.ascii_lowercase, choices or (), strict=False)]
-    unreadable = _unreadable(guess, choices)
-    if guess is None:
+    lines = [f"{letter}) {text}" for letter, text in zip(LETTERS, choices or order or (), strict=False)]
+    if guess is None and boxed:
+        act = "Order them in" if order else "Pick one in" if choices else "Type a number into"
+        lines.append(f"{act} the box and commit, or write guess=... into the cell and run it again. Then go on.")
+    elif guess is None:
         lines.append("No guess yet: write it into the cell as guess=... and run it again, then go on.")
+    elif order is not None:
+        items = _items(guess, order)
+        lines.append(f"Your guess: {', '.join(items)}" if items else _unordered(guess, order))
     else:
-        lines.append(unreadable or f"Your guess: {_pick(guess, choices)}")
+        lines.append(_unreadable(guess, choices) or f"Your guess: {_pick(guess, choices)}")
     return Grade(None, "\n".join(lines))
+
+
+def _items(guess: object, order: tuple[str, ...]) -> list[str]:
+    """The items as the guess orders them; none where it is no order of them."""
+    try:
+        return [order[place] for place in order_places(guess, order)]
+    except InvalidSetting:
+        return []
+
+
+def _unordered(guess: object, order: tuple[str, ...]) -> str:
+    try:
+        order_places(guess, order)
+    except InvalidSetting as error:
+        return str(error)
+    return ""
+
+
+def _reveal_order(guess: object, answer: object, order: tuple[str, ...]) -> Grade:
+    """Right if every item is in its place; else how many are, and the first place that is not."""
+    if not isinstance(answer, list | tuple) or sorted(answer) != sorted(order):
+        raise InvalidSetting(f"The answer {answer!r} is no order of {list(order)}: correct the cell.")
+    shown = ", ".join(answer)
+    if guess is None:
+        return Grade(None, f"No guess; it is {shown}.")
+    if unread := _unordered(guess, order):
+        return Grade(None, f"{unread} It is {shown}.")
+    said = _items(guess, order)
+    if said == list(answer):
+        return Grade(True, f"You said {shown}: right.")
+    wrong = [place for place, (a, b) in enumerate(zip(said, answer, strict=True)) if a != b]
+    kept, first = len(answer) - len(wrong), wrong[0]
+    text = f"{kept} of {len(answer)} in place; place {first + 1} is {answer[first]}, you said {said[first]}."
+    return Grade(False, f"{text} It is {shown}.")
 
 
 def _reveal(guess: object, answer: object, tolerance: float, ratio: float, choices: tuple[str, ...] | None) -> Grade:
@@ -216,17 +355,14 @@ def _pick(guess: object, choices: tuple[str, ...] | None) -> object:
     """The choice that the guess names by its text or its letter; the guess itself where there are no choices."""
     if choices is None or guess is None:
         return guess
-    text = str(guess).strip().casefold()
-    for letter, choice in zip(string.ascii_lowercase, choices, strict=False):
-        if text in (choice.strip().casefold(), letter, letter + ")"):
-            return choice
-    return None
+    place = choice_place(guess, choices)
+    return None if place is None else choices[place]
 
 
 def _unreadable(guess: object, choices: tuple[str, ...] | None) -> str:
     if choices is None or guess is None or _pick(guess, choices) is not None:
         return ""
-    return f"{guess!r} is none of the choices a to {string.ascii_lowercase[len(choices) - 1]}: write a letter."
+    return f"{guess!r} is none of the choices a to {LETTERS[len(choices) - 1]}: write a letter."
 
 
 def _number(value: object) -> float | None:
@@ -366,6 +502,15 @@ def _display(plain: str, markdown: str) -> None:
     from IPython.display import display
 
     display({"text/plain": plain, "text/markdown": markdown}, raw=True)
+
+
+def _in_kernel() -> bool:
+    """True where widgets can be shown: in a notebook's kernel, not in a terminal's IPython."""
+    try:
+        from IPython import get_ipython
+    except ImportError:
+        return False
+    return getattr(get_ipython(), "kernel", None) is not None
 
 
 def _in_notebook() -> bool:

@@ -9,6 +9,7 @@ from IPython.core.formatters import DisplayFormatter
 from stepengine.core.plan import Chunk, StepPlan
 from stepengine.errors import InvalidSetting
 from stepengine.lesson import Predictions, predict, say, show, source, wall
+from stepengine.viz.predict import Predict
 
 MASK = re.compile(r"\[wall [^\]]*\]")
 
@@ -76,8 +77,124 @@ def test_the_record_survives_between_cells(capsys: pytest.CaptureFixture[str]) -
     assert predictions.reveal("q3", "yes").right is True
     capsys.readouterr()
     predictions.summary()
-    assert capsys.readouterr().out == "4 predictions: 1 right, 1 off, 1 without a guess, 1 not revealed yet.\n"
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == "4 predictions: 1 right, 1 off, 1 without a guess, 1 not revealed yet."
+    assert [line.split() for line in lines[1:]] == [
+        ["question", "your", "guess", "answer"],
+        ["One?", "10", "11", "off"],
+        ["Two?", "none", "5"],
+        ["Three?", "yes", "yes", "right"],
+        ["Four?", "4", "not", "revealed", "yet"],
+    ]
     assert Predictions()._asked == {}
+
+
+def test_without_a_guess_the_summary_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+    predictions = Predictions()
+    predictions.ask("q", "One?")
+    predictions.reveal("q", 3)
+    capsys.readouterr()
+    predictions.summary()
+    assert capsys.readouterr().out == "1 prediction: 1 without a guess.\n"
+
+
+def test_the_record_keeps_clock_values_whole_and_long_questions_in_their_column(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    predictions = Predictions()
+    predictions.ask("q", "word " * 20 + "| how long?", 3)
+    predictions.reveal("q", wall(12.345, "ms"), ratio=1.5)
+    capsys.readouterr()
+    predictions.summary()
+    lines = capsys.readouterr().out.splitlines()[1:]
+    assert sum("[wall 12.3 ms]" in line for line in lines) == 1 and max(map(len, lines)) < 80 and len(lines) > 3
+
+
+ORDER = ["sample", "plan", "run"]
+
+
+@pytest.mark.parametrize(
+    ("guess", "right", "text"),
+    [
+        ("bca", True, "You said plan, run, sample: right."),
+        (["plan", "run", "sample"], True, "right"),
+        ("bac", False, "1 of 3 in place; place 2 is run, you said sample. It is plan, run, sample."),
+        ("abc", False, "0 of 3 in place; place 1 is plan, you said sample."),
+        ("ab", None, "each once. It is plan, run, sample."),
+        (None, None, "No guess; it is plan, run, sample."),
+    ],
+)
+def test_an_order_is_graded_by_its_places(
+    guess: object, right: bool | None, text: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    predictions = Predictions()
+    predictions.ask("q", "What comes first?", guess, order=ORDER)
+    asked = capsys.readouterr().out
+    assert "a) sample" in asked and "c) run" in asked
+    grade = predictions.reveal("q", ["plan", "run", "sample"])
+    assert grade.right is right and text in grade.text and text in capsys.readouterr().out
+
+
+@pytest.fixture
+def boxes(monkeypatch: pytest.MonkeyPatch) -> list[Predict]:
+    """As in a notebook's kernel: what would be displayed."""
+    shown: list[Predict] = []
+    monkeypatch.setattr("stepengine.lesson._in_kernel", lambda: True)
+    monkeypatch.setattr("IPython.display.display", shown.append)
+    return shown
+
+
+def test_a_guess_committed_in_the_box_is_graded_and_the_box_shows_it(
+    boxes: list[Predict], capsys: pytest.CaptureFixture[str]
+) -> None:
+    predictions = Predictions()
+    predictions.ask("n", "How many?")
+    assert "the box" in capsys.readouterr().out
+    predictions.ask("c", "Which?", choices=["yes", "no"])
+    predictions.ask("o", "What comes first?", order=ORDER)
+    predictions.ask("none", "And this?")
+    for box, guess in zip(boxes, ("12", "b", "bac"), strict=False):
+        box.commit(guess)
+    assert predictions.reveal("n", 10, tolerance=0.1).right is False
+    assert predictions.reveal("c", "no").right is True
+    assert predictions.reveal("o", ["plan", "run", "sample"]).right is False
+    assert predictions.reveal("none", 1).right is None
+    assert [box.verdict for box in boxes] == ["off", "right", "off", "none"]
+    assert all(box.grade in capsys.readouterr().out for box in boxes[:1]) and boxes[0].state == "revealed"
+    predictions.summary()
+    assert "4 predictions: 1 right, 2 off, 1 without a guess." in capsys.readouterr().out
+
+
+def test_a_guess_in_the_cell_wins(boxes: list[Predict]) -> None:
+    predictions = Predictions()
+    predictions.ask("n", "How many?", 10)
+    with pytest.raises(InvalidSetting):
+        boxes[0].commit(11)
+    assert predictions.reveal("n", 10).right is True and boxes[0].verdict == "right"
+
+
+def test_running_the_question_again_keeps_a_guess_that_is_not_graded_yet(boxes: list[Predict]) -> None:
+    predictions = Predictions()
+    predictions.ask("n", "How many?")
+    boxes[0].commit(11)
+    predictions.ask("n", "How many?")
+    assert boxes[1].committed == 11 and boxes[0].state == "replaced"
+    with pytest.raises(InvalidSetting):
+        boxes[0].commit(12)
+    assert predictions.reveal("n", 11).right is True
+    predictions.ask("n", "How many?")  # after the grade a new try begins
+    assert boxes[2].committed is None
+    boxes[2].commit(1)
+    predictions.ask("n", "How many others?")  # another question under the same key
+    assert boxes[3].committed is None
+
+
+def test_a_box_outlives_its_record_without_taking_guesses(boxes: list[Predict]) -> None:
+    predictions = Predictions()
+    predictions.ask("n", "How many?")
+    del predictions
+    with pytest.raises(InvalidSetting, match="begun anew"):
+        boxes[0].commit(3)
 
 
 @pytest.mark.parametrize(
@@ -90,6 +207,9 @@ def test_the_record_survives_between_cells(capsys: pytest.CaptureFixture[str]) -
         lambda: predict("?", "a", answer="c", choices=["a", "b"]),
         lambda: predict("?", choices=["one"]),
         lambda: predict("?", choices="ab"),
+        lambda: predict("?", choices=["a", "a"]),
+        lambda: Predictions().ask("q", "?", order=["one"]),
+        lambda: Predictions().ask("q", "?", choices=["a", "b"], order=["a", "b"]),
         lambda: predict("  "),
         lambda: say("{x}", "{x}"),
         lambda: say("{}", "x"),

@@ -9,6 +9,7 @@ import anywidget
 import traitlets
 
 from stepengine.errors import InvalidSetting, StepEngineError, TraceError
+from stepengine.viz.kernel import main_loop
 from stepengine.viz.payload import PlayerData, packed, player_data
 from stepengine.viz.saved import STATIC, read_static, write_page
 from stepengine.viz.sources import source_of
@@ -110,14 +111,22 @@ class StepPlayer(anywidget.AnyWidget):
             self.step = min(step, max(0, self._steps - 1))
 
     @traitlets.observe("asked")
-    def _answer(self, change: Any) -> None:
+    def _queue(self, change: Any) -> None:
+        """The engine is no place for two threads: a page's wish waits for the cell that is running."""
+        loop = main_loop()
+        if loop is None:
+            self._answer(change["new"])
+        else:
+            loop.add_callback(self._answer, change["new"])
+
+    def _answer(self, asked: int) -> None:
         try:
             if self._engine is not None:
                 self.step_engine()
         except Exception:  # shown by the page, and kept as `error`
             pass
         finally:
-            self.set_trait("answered", change["new"])
+            self.set_trait("answered", asked)
 
     # -- steps ------------------------------------------------------------------------------------
 

@@ -8,7 +8,8 @@ import pytest
 ROOT = Path(__file__).resolve().parents[2]
 
 
-def _load(name: str) -> ModuleType:
+def load_script(name: str) -> ModuleType:
+    """A script of scripts/ as a module."""
     spec = importlib.util.spec_from_file_location(f"scripts_{name}", ROOT / "scripts" / f"{name}.py")
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
@@ -20,10 +21,10 @@ def _load(name: str) -> ModuleType:
 @pytest.fixture
 def learn() -> ModuleType:
     """scripts/learn.py as a module."""
-    return _load("learn")
+    return load_script("learn")
 
 
 @pytest.fixture
 def setup_script() -> ModuleType:
     """scripts/setup.py as a module."""
-    return _load("setup")
+    return load_script("setup")

@@ -24,6 +24,7 @@ PROMISED = {
     "04a_chunked_prefill": {"E8", "C5", "C13", "C14", "Q99", "Q122"},
     "04b_prefix_caching": {"E9", "C6", "C15", "Q20", "Q100", "Q107"},
     "05_gptq": {"E10", "E13", "C8", "C9", "C10", "C16", "C17", "C21", "Q101", "Q134"},
+    "07_ledger": {*(f"C{number}" for number in range(1, 22)), "Q109"},
 }
 PLOTLY = "application/vnd.plotly.v1+json"
 COMPARED = {"text/plain", "text/markdown", "text/latex"}  # what notebooks/conftest.py and nbval leave to compare

@@ -1,5 +1,6 @@
 """scripts/setup.py: what it decides, with pip and the driver replaced by recorders at the process boundary."""
 
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -125,12 +126,112 @@ def test_the_sizes_printed_beforehand_add_up(setup_script: ModuleType, capsys: p
     assert "about 3 MB" in capsys.readouterr().out
 
 
-def test_ci_runs_exactly_make_test() -> None:
+def _venv(script: ModuleType, monkeypatch: pytest.MonkeyPatch, folder: Path) -> list[list[str]]:
+    """A set-up in `folder` whose pip calls are only recorded, with an interpreter that is there."""
+    venv = folder / ".venv"
+    (venv / "bin").mkdir(parents=True)
+    (venv / "bin" / "python").touch()
+    commands: list[list[str]] = []
+    monkeypatch.setattr(script, "VENV", venv)
+    monkeypatch.setattr(script, "PYTHON", venv / "bin" / "python")
+    monkeypatch.setattr(script, "make_venv", lambda: None)
+    monkeypatch.setattr(script, "wants_cpu_torch", lambda: False)
+    monkeypatch.setattr(script, "run", lambda command, environment: commands.append(command))
+    return commands
+
+
+def _installed(commands: list[list[str]]) -> str:
+    return " ".join(word for command in commands if "install" in command for word in command)
+
+
+def test_a_plain_set_up_leaves_the_extras_out_and_a_later_one_only_adds(
+    setup_script: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    commands = _venv(setup_script, monkeypatch, tmp_path)
+    setup_script.prepare({}, set())
+    said = _installed(commands)
+    assert "notebooks" in said and "sphinx" not in said and "playwright" not in said
+    assert "[" in said and "site" not in said.partition("[")[2].partition("]")[0].split(",")
+    plain = capsys.readouterr().out
+
+    commands.clear()
+    setup_script.prepare({}, {"site"})
+    (command,) = commands
+    assert any(word.startswith("sphinx") for word in command)
+    assert "--editable" not in command and not any("playwright" in word for word in command)
+    assert f"about {setup_script.EXTRAS['site']} MB" in capsys.readouterr().out
+    assert "the extra" not in plain
+
+    commands.clear()
+    for extras in (set(), {"site"}):  # `make learn`, and `make site` again
+        setup_script.prepare({}, extras)
+    assert commands == []
+
+
+def test_new_pins_keep_the_extras_that_are_there(
+    setup_script: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    commands = _venv(setup_script, monkeypatch, tmp_path)
+    setup_script.prepare({}, {"site"})
+    monkeypatch.setattr(setup_script, "fingerprint", lambda: "other pins\n")
+    commands.clear()
+    setup_script.prepare({}, set())
+    groups = _installed(commands).partition("[")[2].partition("]")[0].split(",")
+    assert "site" in groups and "browser" not in groups
+    commands.clear()
+    setup_script.prepare({}, {"site"})
+    assert commands == []
+
+
+def test_an_interrupted_addition_is_done_again(
+    setup_script: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    commands = _venv(setup_script, monkeypatch, tmp_path)
+    setup_script.prepare({}, set())
+
+    def fails(command: list[str], environment: dict[str, str]) -> None:
+        raise setup_script.SetupError("the network went away")
+
+    monkeypatch.setattr(setup_script, "run", fails)
+    with pytest.raises(setup_script.SetupError):
+        setup_script.prepare({}, {"browser"})
+    monkeypatch.setattr(setup_script, "run", lambda command, environment: commands.append(command))
+    commands.clear()
+    setup_script.prepare({}, {"browser"})
+    assert "playwright" in _installed(commands)
+
+
+def _ci(tmp_path: Path, *tools: str) -> tuple[list[str], int]:
+    """.ci/run with a PATH of recorders: the commands that it called, and its exit status."""
     root = Path(__file__).resolve().parents[2]
-    commands = [
-        line
-        for line in (root / ".ci/run").read_text().splitlines()
-        if line and not line.startswith(("#", "set ", "cd "))
-    ]
-    assert commands == ["exec make test"]
-    assert subprocess.run(["bash", "-n", str(root / ".ci/run")]).returncode == 0
+    (tmp_path / "tools").mkdir()
+    said = tmp_path / "said"
+    said.touch()
+    for name in tools:
+        tool = tmp_path / "tools" / name
+        status = 100 if name == "apt-get" else 0
+        tool.write_text(f'#!/bin/bash\necho "{name} $*" >> "{said}"\n{CI_TOOLS.get(name, "")}\nexit {status}\n')
+        tool.chmod(0o755)
+    for name in ("bash", "dirname", "env"):
+        (tmp_path / "tools" / name).symlink_to(str(shutil.which(name)))
+    done = subprocess.run(
+        [str(root / ".ci/run")], env={"PATH": str(tmp_path / "tools")}, capture_output=True, stdin=subprocess.DEVNULL
+    )
+    return said.read_text().splitlines(), done.returncode
+
+
+CI_TOOLS = {"id": "echo 0", "timeout": 'shift; exec "$@"'}
+
+
+def test_ci_runs_make_test(tmp_path: Path) -> None:
+    assert _ci(tmp_path, "make", "chromium") == (["make test"], 0)
+
+
+def test_ci_may_fail_to_get_a_browser(tmp_path: Path) -> None:
+    said, status = _ci(tmp_path, "make", "id", "timeout", "apt-get")
+    assert "apt-get -qq update" in said and said[-1] == "make test" and status == 0
+
+
+def test_ci_asks_for_no_browser_without_apt(tmp_path: Path) -> None:
+    said, status = _ci(tmp_path, "make", "id")
+    assert said[-1] == "make test" and status == 0
