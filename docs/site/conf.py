@@ -3,7 +3,7 @@
 Nothing is fetched when a page is read: no MathJax, no require.js, no web fonts, and the search is a file of the site.
 """
 
-project = "stepengine"
+project = author = "stepengine"
 html_title = "stepengine"
 language = "en"
 extensions = ["myst_nb"]
@@ -23,6 +23,7 @@ html_theme_options = {
     "use_download_button": False,
     "use_fullscreen_button": False,
     "use_source_button": False,
+    "footer_content_items": [],
     "home_page_in_toc": True,
     "navbar_persistent": [],  # the search field is in the sidebar
     "show_navbar_depth": 1,
@@ -30,6 +31,7 @@ html_theme_options = {
     "pygments_light_style": "a11y-high-contrast-light",
     "pygments_dark_style": "a11y-high-contrast-dark",
 }
+html_context = {"default_mode": "auto"}  # light or dark as the reader's system has it
 html_static_path = ["static"]
 html_extra_path = ["extra"]
 html_css_files = ["site.css"]

@@ -24,11 +24,13 @@ PROMISED = {
     "04a_chunked_prefill": {"E8", "C5", "C13", "C14", "Q99", "Q122"},
     "04b_prefix_caching": {"E9", "C6", "C15", "Q20", "Q100", "Q107"},
     "05_gptq": {"E10", "E13", "C8", "C9", "C10", "C16", "C17", "C21", "Q101", "Q134"},
+    "06_faults": {"Q105", "Q108", "Q111", "Q114"},
     "07_ledger": {*(f"C{number}" for number in range(1, 22)), "Q109"},
 }
 PLOTLY = "application/vnd.plotly.v1+json"
 COMPARED = {"text/plain", "text/markdown", "text/latex"}  # what notebooks/conftest.py and nbval leave to compare
 LARGEST = 400_000
+WITHOUT_EXERCISES = {"99_sandbox"}
 
 every_notebook = pytest.mark.parametrize("path", ALL, ids=[str(path.relative_to(BOOKS)) for path in ALL])
 every_chapter = pytest.mark.parametrize("path", CHAPTERS, ids=[path.name for path in CHAPTERS])
@@ -137,7 +139,9 @@ def test_promised_tags_are_there(name: str) -> None:
 
 @every_chapter
 def test_has_worked_solutions(path: Path) -> None:
-    assert (BOOKS / "solutions" / path.name).is_file()
+    has_exercises = any("xercise" in "".join(cell["source"]) for cell in _read(path)["cells"])
+    assert has_exercises == (path.stem not in WITHOUT_EXERCISES)
+    assert (BOOKS / "solutions" / path.name).is_file() == has_exercises
 
 
 @pytest.mark.parametrize(

@@ -89,15 +89,16 @@ function render({ model, el }) {
 // The metrics: of the whole run, then the steps that brought each request its first and its last token.
 function table(data) {
   const names = data.sides.map((side) => side.name);
+  const ms = (value) => `${value < 1000 ? value.toPrecision(3) : Math.round(value).toLocaleString("en-US")} ms`;
   const number = (value, row) => {
     if (value === null || value === undefined) return "none";
-    return row.wall ? `${value.toPrecision(3)} ms` : value.toLocaleString("en-US");
+    return row.wall ? ms(value) : value.toLocaleString("en-US");
   };
   const apart = (row) => {
     if (row.a === null || row.b === null) return row.a === row.b ? "=" : "";
     const by = row.b - row.a;
     if (!by) return "=";
-    const size = row.wall ? `${Math.abs(by).toPrecision(3)} ms` : Math.abs(by).toLocaleString("en-US", { maximumFractionDigits: 2 });
+    const size = row.wall ? ms(Math.abs(by)) : Math.abs(by).toLocaleString("en-US", { maximumFractionDigits: 2 });
     return `${by > 0 ? "+" : "−"}${size}`;
   };
   const cell = (text, row) => html("td", row && row.a !== row.b ? { class: "sp-apart" } : {}, text);
