@@ -36,7 +36,7 @@ test: python ## set up, then run every check
 test-browser: python ## set up, then drive JupyterLab, the site and the player in a headless Chromium
 	@$(SETUP) --model $(MODEL) --extra site --extra browser
 	@.venv/bin/python scripts/chromium.py
-	@STEPENGINE_BROWSER=required .venv/bin/python -m pytest -rs tests/browser $(ARGS)
+	@STEPENGINE_BROWSER=required .venv/bin/python -m pytest -rs -n 2 --dist loadgroup tests/browser $(ARGS)
 
 gpu-test: python ## set up, then run the kernels' tests on this machine's GPU
 	@$(SETUP)

@@ -28,7 +28,8 @@ def checks() -> dict[str, list[str]]:
         # made once and kept: notebooks that need it at the same time would wait for one another
         listed["quantised model"] = ["stepengine", "generate", MODEL, "Hello", "--stage", "5", "--max-tokens", "1"]
         listed["notebooks"] = ["pytest", *NBVAL, *PARALLEL, "-q", *[str(p) for n in folders for p in notebooks(n)]]
-    listed["tests"] = ["pytest", *PARALLEL, "tests"]
+    listed["browser"] = ["pytest", "-n", str(WORKERS), "--dist", "loadgroup", "-q", "tests/browser"]
+    listed["tests"] = ["pytest", *PARALLEL, "tests", "--ignore", "tests/browser"]
     return listed
 
 

@@ -27,10 +27,10 @@ if "google.colab" in sys.modules:
     from google.colab import output
 
     source = {source}
-    assert source, {remedy!r}
+    assert source, "{remedy}"
     subprocess.run([sys.executable, "-m", "pip", "install", "-q", "anywidget", *source], check=True)
     output.enable_custom_widget_manager()"""
-REMEDY = "Run `pip wheel --no-deps .` in the project, upload the wheel to Colab's files, and run this cell again."
+REMEDY = "Upload the wheel that `pip wheel --no-deps .` makes in the project, and run this cell again."
 
 
 def cell_source(project: dict[str, Any]) -> str:

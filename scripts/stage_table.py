@@ -10,18 +10,11 @@ import sys
 from dataclasses import fields
 from pathlib import Path
 
+from stepengine.diff import DUTIES
 from stepengine.stages import STAGES
 
 ROOT = Path(__file__).resolve().parents[1]
 BEGIN, END = "<!-- stage x part: made by scripts/stage_table.py -->", "<!-- end of the table -->"
-DUTIES = {
-    "scheduler": ("`Scheduler`", "what runs in this step"),
-    "cache": ("`KVCache`", "where K/V live; no tensors"),
-    "block_pool": ("`BlockPool`", "which blocks are free, who shares them"),
-    "attention": ("`AttentionBackend`", "stores k and v, attends"),
-    "block_size": ("block size", "tokens per block of K/V storage"),
-    "prepare_model": ("model", "what becomes of the linear layers"),
-}
 
 
 def table() -> str:
@@ -31,6 +24,7 @@ def table() -> str:
     rows = []
     for name in sorted(names, key=list(DUTIES).index):
         title, duty = DUTIES[name]
+        title = f"`{title}`" if title[0].isupper() else title  # a protocol of core/seams.py
         own = [getattr(part, name) for part in parts]
         changed = [part if at == 0 or part is not own[at - 1] else None for at, part in enumerate(own)]
         cells = [f"`{part.__name__}`" if part is not None else "" for part in changed]

@@ -88,7 +88,7 @@ def test_on_colab_it_installs_or_says_what_to_upload(
         (tmp_path / name).touch()
     source = script.cell_source(project)
     if installed is None:
-        with pytest.raises(AssertionError, match="upload the wheel"):
+        with pytest.raises(AssertionError, match="Upload the wheel"):
             exec(source, {})
         assert done == []
     else:
