@@ -5,7 +5,7 @@
 # TORCH_INDEX=url     where CPU builds of torch are, if pip's own sources have none (default: the PyTorch project's)
 # STEPENGINE_TORCH=cpu|cuda   the build of torch, if what is found on this machine should not decide
 # FAST=1              `make ladder` in its short form
-# ARGS="..."          further arguments for the command behind `learn`, `site`, `test-browser`, `gpu-test`, `gpu` and `ladder`
+# ARGS="..."          further arguments for the command behind `learn`, `site`, `lessons`, `test-browser`, `gpu-test`, `gpu` and `ladder`
 
 NEW_ENOUGH := import sys; sys.exit(sys.version_info < (3, 11))
 ifndef PYTHON
@@ -16,7 +16,7 @@ MODEL := smollm2-135m
 SETUP = $(PYTHON) scripts/setup.py $(if $(OFFLINE),--offline "$(OFFLINE)")
 
 .DEFAULT_GOAL := help
-.PHONY: help setup learn site test test-browser gpu-test gpu ladder wheels clean python
+.PHONY: help setup learn site lessons test test-browser gpu-test gpu ladder wheels clean python
 
 help: ## this list
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 20
@@ -29,6 +29,10 @@ site: python ## set up, then build the site of the executed series, in site/ (AR
 	@$(SETUP) --model $(MODEL) --extra site
 	@.venv/bin/python scripts/site.py $(ARGS)
 
+lessons: python ## set up, then record the runs that docs/instructors.md projects: players in lessons/
+	@$(SETUP) --model $(MODEL)
+	@.venv/bin/python scripts/lesson_players.py $(ARGS)
+
 test: python ## set up, then run every check
 	@$(SETUP) --model $(MODEL) --extra site --extra browser
 	@.venv/bin/python scripts/check.py
@@ -38,7 +42,11 @@ test-browser: python ## set up, then drive JupyterLab, the site and the player i
 	@.venv/bin/python scripts/chromium.py
 	@STEPENGINE_BROWSER=required .venv/bin/python -m pytest -rs -n 2 --dist loadgroup tests/browser $(ARGS)
 
-gpu-test: python ## set up, then run the kernels' tests on this machine's GPU
+gpu-lessons: python ## set up, then record the runs that docs/instructors.md projects: players in lessons/
+	@$(SETUP) --model $(MODEL)
+	@.venv/bin/python scripts/lesson_players.py $(ARGS)
+
+test: python ## set up, then run the kernels' tests on this machine's GPU
 	@$(SETUP)
 	@.venv/bin/python -m pytest -rs -m gpu tests/kernels $(ARGS)
 
