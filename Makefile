@@ -42,11 +42,7 @@ test-browser: python ## set up, then drive JupyterLab, the site and the player i
 	@.venv/bin/python scripts/chromium.py
 	@STEPENGINE_BROWSER=required .venv/bin/python -m pytest -rs -n 2 --dist loadgroup tests/browser $(ARGS)
 
-gpu-lessons: python ## set up, then record the runs that docs/instructors.md projects: players in lessons/
-	@$(SETUP) --model $(MODEL)
-	@.venv/bin/python scripts/lesson_players.py $(ARGS)
-
-test: python ## set up, then run the kernels' tests on this machine's GPU
+gpu-test: python ## set up, then run the kernels' tests on this machine's GPU
 	@$(SETUP)
 	@.venv/bin/python -m pytest -rs -m gpu tests/kernels $(ARGS)
 

@@ -37,11 +37,11 @@ def _make_commands() -> list[str]:
     return sorted(found)
 
 
-def _engine_commands() -> list[str]:
-    """Arguments of each `stepengine ...` line, with whatever folder the command was typed in taken off."""
-    lines = {line for name in READMES for line in _shell_lines(_readme(name))}
-    matches = (re.match(r"(?:\S*/)?stepengine\s+(.*)", line) for line in lines)
-    return sorted(match[1] for match in matches if match)
+def _engine_blocks() -> list[list[str]]:
+    """Arguments of the `stepengine ...` lines, block by block; the folder that a command was typed in is taken off."""
+    blocks = {block for name in READMES for block in _blocks(_readme(name), "sh")}
+    found = [re.findall(r"^(?:\S*/)?stepengine\s+(.*)", block, re.MULTILINE) for block in sorted(blocks)]
+    return [arguments for arguments in found if arguments]
 
 
 def _python_blocks() -> list[str]:
@@ -82,13 +82,15 @@ def test_each_make_command_has_its_target(command: str, tmp_path: Path) -> None:
     assert re.search(rf"^{re.escape(target)}:", (ROOT / "Makefile").read_text(), re.MULTILINE)
 
 
-@pytest.mark.parametrize("arguments", _engine_commands())
-def test_each_engine_command_works(arguments: str, tmp_path: Path) -> None:
-    words = shlex.split(arguments)
-    is_quick = words[0] not in SLOW or "--help" in words
-    done = _run([sys.executable, "-m", "stepengine", *(words if is_quick else [words[0], "--help"])], tmp_path)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.strip()
+@pytest.mark.parametrize("block", _engine_blocks(), ids=lambda block: block[0].split()[0])
+def test_the_engine_commands_of_a_block_work_one_after_the_other(block: list[str], tmp_path: Path) -> None:
+    (tmp_path / "notebooks").symlink_to(ROOT / "notebooks")
+    for arguments in block:
+        words = shlex.split(arguments)
+        is_quick = words[0] not in SLOW or "--help" in words
+        done = _run([sys.executable, "-m", "stepengine", *(words if is_quick else [words[0], "--help"])], tmp_path)
+        assert done.returncode == 0, done.stderr
+        assert done.stdout.strip(), arguments
 
 
 @pytest.mark.parametrize("block", _python_blocks(), ids=lambda block: block.split("\n")[0][:40])
