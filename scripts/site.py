@@ -10,6 +10,7 @@ import argparse
 import hashlib
 import html
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -47,6 +48,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--work", type=Path, default=ROOT / "build" / "site", metavar="FOLDER")
     chosen = parser.parse_args(argv)
     began = time.monotonic()
+    os.environ.setdefault("OMP_NUM_THREADS", "1")  # two threads on a busy machine wait for one another
     try:
         check_output(chosen.output)
         books = find(chosen.notebooks, chosen.only, not chosen.no_solutions)
