@@ -1,12 +1,14 @@
-"""Checkpoints and engines that more than one folder of tests asks for."""
+"""Checkpoints, engines and the browser that more than one folder of tests asks for."""
 
-from collections.abc import Callable
+import os
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+from scripts.chromium import FLAGS, find
 from stepengine import LLM
 from stepengine.model.tiny import random_checkpoint, tiny_config
 
@@ -62,3 +64,27 @@ def texts(checkpoint: Callable[..., Path], smollm2_tokenizer: Any) -> Callable[.
         return LLM(**{"model": folder, "max_model_len": 96, "max_num_seqs": 4, "trace": True, **settings})
 
     return make
+
+
+@pytest.fixture(scope="module")
+def chromium() -> Iterator[Any]:
+    """A headless Chromium: the system's, else playwright's own. Without one the test is skipped, with the reason;
+    where `make test-browser` asks for it, it fails."""
+    try:
+        from playwright.sync_api import sync_playwright
+    except ImportError:
+        _miss("needs the Python package playwright")
+    found = find()
+    if found is None:
+        _miss("needs a Chromium on the PATH, or playwright's own")
+    with sync_playwright() as driver:
+        browser = driver.chromium.launch(executable_path=found, args=FLAGS)
+        yield browser
+        browser.close()
+
+
+def _miss(reason: str) -> None:
+    remedy = f"{reason}; `make test-browser` says how to install it"
+    if os.environ.get("STEPENGINE_BROWSER") == "required":
+        pytest.fail(remedy, pytrace=False)
+    pytest.skip(remedy)

@@ -1,4 +1,4 @@
-"""A Chromium, JupyterLab over copies of the notebooks, and pages that are watched for errors."""
+"""JupyterLab over copies of the notebooks, and pages that are watched for errors."""
 
 import importlib.util
 import os
@@ -14,17 +14,6 @@ from tests.browser.notebook import Notebook
 from tests.browser.watch import Watch
 
 ROOT = Path(__file__).resolve().parents[2]
-REQUIRED = os.environ.get("STEPENGINE_BROWSER") == "required"
-FLAGS = [
-    "--no-sandbox",  # a container's root may not have one
-    "--disable-gpu",
-    "--disable-quic",
-    "--no-first-run",
-    "--disable-background-networking",
-    "--disable-component-update",
-    "--disable-sync",
-    "--disable-dev-shm-usage",
-]
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -33,30 +22,6 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for number, item in enumerate(ours):
         share = f" {number % 2}" if item.path.stem == "test_notebooks" else ""
         item.add_marker(pytest.mark.xdist_group(item.path.stem + share))
-
-
-def miss(reason: str) -> None:
-    """Skip with the reason; fail where `make test-browser` asked for a browser."""
-    remedy = f"{reason}; `make test-browser` says how to install it"
-    if REQUIRED:
-        pytest.fail(remedy, pytrace=False)
-    pytest.skip(remedy)
-
-
-@pytest.fixture(scope="module")
-def chromium() -> Iterator[Any]:
-    """A headless Chromium: the system's, else the one that `playwright install chromium` has put there."""
-    try:
-        from playwright.sync_api import sync_playwright
-    except ImportError:
-        miss("needs the Python package playwright")
-    found = script("chromium").find()
-    if found is None:
-        miss("needs a Chromium on the PATH, or playwright's own")
-    with sync_playwright() as driver:
-        browser = driver.chromium.launch(executable_path=found, args=FLAGS)
-        yield browser
-        browser.close()
 
 
 @pytest.fixture(scope="session")

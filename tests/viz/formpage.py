@@ -1,18 +1,8 @@
 """A form's page in a real browser, without a notebook: its messages go to the widget in this process, and back."""
 
 import json
-import shutil
 from pathlib import Path
 from typing import Any
-
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-FLAGS = [
-    "--no-sandbox",
-    "--disable-gpu",
-    "--disable-dev-shm-usage",
-    "--no-first-run",
-    "--disable-background-networking",
-]
 
 PAGE = """<!doctype html><html lang="en"><head><meta charset="utf-8"><style>%s</style></head>
 <body data-jp-theme-light="%s"><main id="form"></main><script type="module">

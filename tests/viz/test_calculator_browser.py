@@ -1,26 +1,13 @@
 """The calculator's page in a real browser, with the real Python behind it: the page asks, Python answers."""
 
-import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-playwright = pytest.importorskip("playwright.sync_api", reason="needs playwright, which the set-up does not install")
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-if CHROMIUM is None:
-    pytest.skip("needs a Chromium on the PATH", allow_module_level=True)
+from stepengine.viz.calculator import STATIC, Calculator
 
-from stepengine.viz.calculator import STATIC, Calculator  # noqa: E402
-
-FLAGS = [
-    "--no-sandbox",
-    "--disable-gpu",
-    "--disable-dev-shm-usage",
-    "--no-first-run",
-    "--disable-background-networking",
-]
 # A stand-in for the notebook's side of a widget: traits, and `save_changes`, which here waits for Python's answer.
 PAGE = """<!doctype html><html lang="en"><meta charset="utf-8"><style>body {{ margin: 8px }} {css}</style>
 <body data-jp-theme-light="{light}"><div id="place"></div><script type="module">
@@ -33,14 +20,6 @@ render({{ el: document.getElementById("place"), model: {{
 }} }});
 window.ready = true;
 </script></body></html>"""
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Any]:
-    with playwright.sync_playwright() as driver:
-        opened = driver.chromium.launch(executable_path=CHROMIUM, args=FLAGS)
-        yield opened
-        opened.close()
 
 
 @pytest.fixture

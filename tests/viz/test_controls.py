@@ -1,9 +1,8 @@
 """Controls: real runs redone with other settings, what they say of it, and their page (where there is a browser)."""
 
-import importlib.util
 import sys
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +17,7 @@ from stepengine.viz.controls import MOST_OWN, Controls, serve
 from stepengine.viz.player import StepPlayer
 
 sys.path.insert(0, str(Path(__file__).parent))
-from formpage import CHROMIUM, FLAGS, contrasts, show  # noqa: E402
+from formpage import contrasts, show  # noqa: E402
 
 GREEDY = SamplingParams(temperature=0.0, max_tokens=14, ignore_eos=True)
 PROMPTS = [[3 + i] * (5 + i) for i in range(6)]
@@ -276,22 +275,7 @@ def test_a_run_asked_for_in_another_thread_waits_for_the_kernel_s_own(monkeypatc
 
 # --- the page ----------------------------------------------------------------------------------------------------
 
-needs_a_browser = pytest.mark.skipif(
-    CHROMIUM is None or importlib.util.find_spec("playwright") is None, reason="needs playwright and a Chromium"
-)
 
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Any]:
-    from playwright.sync_api import sync_playwright
-
-    with sync_playwright() as driver:
-        opened = driver.chromium.launch(executable_path=CHROMIUM, args=FLAGS)
-        yield opened
-        opened.close()
-
-
-@needs_a_browser
 def test_the_page_turns_runs_and_adds(browser: Any, tmp_path: Path) -> None:
     shown = controls()
     page = show(browser, shown.panel, tmp_path, shown._asked)
@@ -323,7 +307,6 @@ def test_the_page_turns_runs_and_adds(browser: Any, tmp_path: Path) -> None:
     assert page.faults == []
 
 
-@needs_a_browser
 def test_refusals_stand_on_the_page_and_a_silent_kernel_is_told(browser: Any, tmp_path: Path) -> None:
     shown = controls()
     page = show(browser, shown.panel, tmp_path, shown._asked)
@@ -339,7 +322,6 @@ def test_refusals_stand_on_the_page_and_a_silent_kernel_is_told(browser: Any, tm
     assert page.faults == []
 
 
-@needs_a_browser
 @pytest.mark.parametrize("dark", [False, True])
 def test_text_keeps_its_contrast(browser: Any, tmp_path: Path, dark: bool) -> None:
     shown = controls()

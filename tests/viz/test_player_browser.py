@@ -1,7 +1,6 @@
 """The step player in a real browser: skipped by name where Playwright or Chromium is not installed."""
 
 import re
-import shutil
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -9,34 +8,13 @@ from typing import Any
 
 import pytest
 
-playwright = pytest.importorskip("playwright.sync_api", reason="needs playwright, which the set-up does not install")
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-if CHROMIUM is None:
-    pytest.skip("needs a Chromium on the PATH", allow_module_level=True)
-
-from stepengine.trace import Replay, idle_rows  # noqa: E402
-from stepengine.viz.player import StepPlayer  # noqa: E402
+from stepengine.trace import Replay, idle_rows
+from stepengine.viz.player import StepPlayer
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "trace"))
 from synthetic import Job, simulate, simulate_paged  # noqa: E402
 
 MIXED = [Job(14, 20, n=3), Job(9, 22), Job(16, 16, n=2)]
-
-FLAGS = [
-    "--no-sandbox",
-    "--disable-gpu",
-    "--disable-dev-shm-usage",
-    "--no-first-run",
-    "--disable-background-networking",
-]
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Any]:
-    with playwright.sync_playwright() as driver:
-        opened = driver.chromium.launch(executable_path=CHROMIUM, args=FLAGS)
-        yield opened
-        opened.close()
 
 
 @pytest.fixture

@@ -1,7 +1,6 @@
 """Events, findable blocks, a live engine, two runs and speed, in a real browser; skipped where there is none."""
 
 import json
-import shutil
 import statistics
 import sys
 from collections.abc import Callable, Iterator
@@ -10,31 +9,17 @@ from typing import Any
 
 import pytest
 
-playwright = pytest.importorskip("playwright.sync_api", reason="needs playwright, which the set-up does not install")
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-if CHROMIUM is None:
-    pytest.skip("needs a Chromium on the PATH", allow_module_level=True)
-
-from stepengine import LLM, SamplingParams  # noqa: E402
-from stepengine.trace import Replay, Trace  # noqa: E402
-from stepengine.viz.compare import Compare  # noqa: E402
-from stepengine.viz.payload import player_data  # noqa: E402
-from stepengine.viz.player import SCRIPTS, StepPlayer  # noqa: E402
-from stepengine.viz.saved import EXPORT, read_static  # noqa: E402
+from stepengine import LLM, SamplingParams
+from stepengine.trace import Replay, Trace
+from stepengine.viz.compare import Compare
+from stepengine.viz.payload import player_data
+from stepengine.viz.player import SCRIPTS, StepPlayer
+from stepengine.viz.saved import EXPORT, read_static
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "trace"))
 from synthetic import Job, simulate, simulate_paged  # noqa: E402
 
-FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--no-first-run"]
 MIXED = [Job(14, 20, n=3), Job(9, 22), Job(16, 16, n=2)]
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Any]:
-    with playwright.sync_playwright() as driver:
-        opened = driver.chromium.launch(executable_path=CHROMIUM, args=FLAGS)
-        yield opened
-        opened.close()
 
 
 @pytest.fixture

@@ -1,8 +1,6 @@
 """The box for a guess: what it takes, what it refuses, and what its page shows (in a browser where there is one)."""
 
-import importlib.util
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +11,7 @@ from stepengine.viz.guess import choice_place, order_places, read_number
 from stepengine.viz.predict import Predict
 
 sys.path.insert(0, str(Path(__file__).parent))
-from formpage import CHROMIUM, FLAGS, contrasts, show  # noqa: E402
+from formpage import contrasts, show  # noqa: E402
 
 SIZES = ["1", "8", "16", "32"]
 
@@ -115,26 +113,11 @@ def test_the_text_of_a_stored_output_says_nothing_that_could_change() -> None:
 
 # --- the page ----------------------------------------------------------------------------------------------------
 
-needs_a_browser = pytest.mark.skipif(
-    CHROMIUM is None or importlib.util.find_spec("playwright") is None, reason="needs playwright and a Chromium"
-)
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Any]:
-    from playwright.sync_api import sync_playwright
-
-    with sync_playwright() as driver:
-        opened = driver.chromium.launch(executable_path=CHROMIUM, args=FLAGS)
-        yield opened
-        opened.close()
-
 
 def settled(page: Any, state: str) -> Any:
     return page.wait_for_selector(f'.predict[data-state="{state}"]')
 
 
-@needs_a_browser
 def test_a_number_is_committed_changed_and_graded_by_keyboard(browser: Any, tmp_path: Path) -> None:
     box = Predict("How many?", name="many")
     page = show(browser, box, tmp_path)
@@ -162,7 +145,6 @@ def test_a_number_is_committed_changed_and_graded_by_keyboard(browser: Any, tmp_
     assert page.faults == []
 
 
-@needs_a_browser
 def test_a_choice_and_an_order_by_keyboard(browser: Any, tmp_path: Path) -> None:
     box = Predict("Which?", choices=SIZES, name="size")
     page = show(browser, box, tmp_path)
@@ -189,7 +171,6 @@ def test_a_choice_and_an_order_by_keyboard(browser: Any, tmp_path: Path) -> None
     assert page.faults == []
 
 
-@needs_a_browser
 def test_a_box_whose_kernel_is_gone_does_not_claim_a_guess(browser: Any, tmp_path: Path) -> None:
     box = Predict("How many?", name="many")
     page = show(browser, box, tmp_path)
@@ -206,7 +187,6 @@ def test_a_box_whose_kernel_is_gone_does_not_claim_a_guess(browser: Any, tmp_pat
     assert page.inner_text("[data-said]") == "committed: 12"
 
 
-@needs_a_browser
 @pytest.mark.parametrize("dark", [False, True])
 def test_text_keeps_its_contrast(browser: Any, tmp_path: Path, dark: bool) -> None:
     box = Predict("Which?", choices=SIZES, name="size")
