@@ -73,17 +73,18 @@ def chromium() -> Iterator[Any]:
     try:
         from playwright.sync_api import sync_playwright
     except ImportError:
-        _miss("needs the Python package playwright")
+        miss("needs the Python package playwright")
     found = find()
     if found is None:
-        _miss("needs a Chromium on the PATH, or playwright's own")
+        miss("needs a Chromium on the PATH, or playwright's own")
     with sync_playwright() as driver:
         browser = driver.chromium.launch(executable_path=found, args=FLAGS)
         yield browser
         browser.close()
 
 
-def _miss(reason: str) -> None:
+def miss(reason: str) -> None:
+    """Skip with the reason; fail where `make test-browser` asked for a browser."""
     remedy = f"{reason}; `make test-browser` says how to install it"
     if os.environ.get("STEPENGINE_BROWSER") == "required":
         pytest.fail(remedy, pytrace=False)

@@ -13,9 +13,10 @@ import pytest
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
 
 from tests.browser.access import pale_texts
-from tests.browser.conftest import miss, script
+from tests.browser.conftest import script
 from tests.browser.player import Player, drive
 from tests.browser.watch import Watch
+from tests.conftest import miss
 
 CELLS = [
     new_markdown_cell("# 00 · A small notebook\n\nWhat the site makes of a figure, a player and a text."),
